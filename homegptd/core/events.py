@@ -1,0 +1,147 @@
+"""What happened. Past tense; each is legal in every state."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .model import (
+    EngineSpec,
+    Exit,
+    Failure,
+    Freed,
+    Gpu,
+    ModelId,
+    Operation,
+    OperationId,
+    OrderId,
+    Policy,
+    Proof,
+    Ticket,
+    TicketId,
+    Traits,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestArrived:
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class TicketClosed:
+    """The one end of a ticket, wherever it was: waiting, granted or unknown."""
+
+    ticket: TicketId
+    served: bool = False
+    """Its engine gave a whole answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class OperationAsked:
+    operation: Operation
+
+
+@dataclass(frozen=True, slots=True)
+class CancelAsked:
+    operation: OperationId
+
+
+@dataclass(frozen=True, slots=True)
+class StartEnded:
+    model: ModelId
+    order: OrderId
+    traits: Traits | None = None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WakeEnded:
+    model: ModelId
+    order: OrderId
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SleepEnded:
+    model: ModelId
+    order: OrderId
+    freed: Freed | None = None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StopEnded:
+    model: ModelId
+    order: OrderId
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ProveEnded:
+    """`holds` is the verdict; `failure` means there is none and the engine is suspect."""
+
+    model: ModelId
+    order: OrderId
+    proof: Proof
+    holds: bool
+    detail: str = ""
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDied:
+    """Nobody ordered it: the process is gone, or it hangs and does not answer any more."""
+
+    model: ModelId
+    incarnation: int
+    failure: Failure
+    exit: Exit | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An engine that ran before we did. `traits` is None if it does not answer yet."""
+
+    traits: Traits | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """The first event of a life: what runs already. What is missing becomes the bootstrap."""
+
+    found: Mapping[ModelId, Found] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigChanged:
+    specs: tuple[EngineSpec, ...]
+    policy: Policy
+    gpus: Mapping[Gpu, int]
+    host_mib: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShutdownAsked:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class TimePassed:
+    """The instant that the last outcome asked for has come."""
+
+
+Event = (
+    RequestArrived
+    | TicketClosed
+    | OperationAsked
+    | CancelAsked
+    | StartEnded
+    | WakeEnded
+    | SleepEnded
+    | StopEnded
+    | ProveEnded
+    | EngineDied
+    | Observed
+    | ConfigChanged
+    | ShutdownAsked
+    | TimePassed
+)

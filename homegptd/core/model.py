@@ -1,0 +1,395 @@
+"""The nouns: engines and their phases, tickets, operations, the state.
+
+Instants (`since`, `until`, `*_at`) are seconds on the clock that `step` is called with; lengths end
+in `_s`; memory is MiB and ends in `_mib`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+from typing import NewType
+
+from .refusals import Refusal
+
+ModelId = NewType("ModelId", str)
+TicketId = NewType("TicketId", int)
+OperationId = NewType("OperationId", int)
+OrderId = NewType("OrderId", int)
+Gpu = NewType("Gpu", int)
+
+
+class SleepLevel(IntEnum):
+    """vLLM's: 1 keeps the weights in host RAM, 2 discards them; both drop the KV cache."""
+
+    ONE = 1
+    TWO = 2
+
+
+class SleepMode(Enum):
+    """What vLLM does with running answers when it is put to sleep (`mode=` of /sleep, 0.17+)."""
+
+    WAIT = "wait"
+    KEEP = "keep"
+    ABORT = "abort"
+
+
+class Proof(Enum):
+    """What a box must have seen for itself before the machine relies on it."""
+
+    FREEZE = "freeze"
+    """An answer frozen at level 1 goes on as if nothing had happened."""
+    RELOAD = "reload"
+    """After level 2 and `reload_weights` the model says what it said before."""
+
+
+class Startup(Enum):
+    DISABLED = "disabled"
+    SLEEP = "sleep"
+    ACTIVE = "active"
+
+
+class OnDeadline(Enum):
+    """What happens to answers that outlive a drain."""
+
+    AUTO = "auto"
+    FREEZE = "freeze"
+    WAIT = "wait"
+    CUT = "cut"
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How an engine ended. `code` is negative for a signal, None where nobody knows."""
+
+    code: int | None
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """An engine found running: enough to tell this incarnation from a later one."""
+
+    pid: int
+    started_at: float
+    """Unix seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Freed:
+    """What a sleep gave back, as far as it was measured; None where nothing measures."""
+
+    gpu_mib: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a running engine said and proved about itself."""
+
+    version: str
+    levels: frozenset[SleepLevel] = frozenset()
+    """Sleep levels its version can be trusted to survive; empty: it is stopped instead."""
+    why_no_sleep: str | None = None
+    can_keep: bool = False
+    """Has `mode=keep` (0.17+)."""
+    asleep: bool = False
+    asleep_level: SleepLevel | None = None
+    """Where the server can tell (its sleep gauge, 0.12+); None: unknown, or awake."""
+    proofs: Mapping[Proof, bool] = field(default_factory=dict)
+    """Proofs of this model with this image and these flags; absent: not tried yet."""
+
+
+# ---------------------------------------------------------------- what is given
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """What the configuration says about one model and its engine."""
+
+    model: ModelId
+    gpus: tuple[Gpu, ...]
+    awake_mib: int
+    """On each of its GPUs while awake: weights, KV cache, everything."""
+    residue_mib: int
+    """On each of its GPUs while asleep: context, graphs, communication buffers."""
+    pinned_mib: int
+    """Host RAM pinned by the first sleep at level 1 and kept until the process ends."""
+    host_mib: int
+    """Host RAM of the processes beside that."""
+    startup: Startup = Startup.SLEEP
+    level: SleepLevel | None = None
+    """As configured; None: the policy's default, which the ledger may lower."""
+    pinned: bool = False
+    priority: int = 0
+    auto_switch: bool = True
+    on_deadline: OnDeadline | None = None
+    drain_s: float | None = None
+    sleep_after_s: float | None = None
+    fingerprint: str = ""
+    """Of everything that needs a restart of the engine when it changes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How the box is shared. None means: derived from what a switch takes here."""
+
+    default: ModelId | None = None
+    level: SleepLevel = SleepLevel.ONE
+    patience_s: float | None = None
+    residency_s: float | None = None
+    switch_share: float = 0.2
+    drain_s: float = 10.0
+    on_deadline: OnDeadline = OnDeadline.AUTO
+    max_answer_s: float = 600.0
+    freeze_max_s: float = 300.0
+    max_waiting: int = 256
+    max_wait_s: float = 600.0
+    prove_after_s: float = 300.0
+    """A quiet engine proves after this long what it could not prove when it was loaded."""
+    restore_after_s: float = 30.0
+    """What failed is loaded again in the place of an engine that was quiet for this long."""
+    backoff_s: float = 5.0
+    backoff_max_s: float = 300.0
+    max_failures: int = 5
+    """Failures in a row after which only an operator starts the engine again."""
+
+
+# ---------------------------------------------------------------- phases of an engine
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an engine is not up, in words for the person who must act."""
+
+    message: str
+    hint: str | None = None
+    lasting: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Down:
+    """Nothing runs. After a failure not started before `retry_at`; if None, only by hand."""
+
+    since: float
+    failure: Failure | None = None
+    retry_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Starting:
+    order: OrderId
+    since: float
+    adopts: bool = False
+    """It was found running and does not answer yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asleep:
+    """`frozen` answers are held inside the engine until `frozen_until`, then cut."""
+
+    level: SleepLevel
+    since: float
+    frozen: frozenset[TicketId] = frozenset()
+    frozen_until: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Waking:
+    order: OrderId
+    since: float
+    level: SleepLevel
+    frozen: frozenset[TicketId] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Awake:
+    """Grants every ticket that names it. Not displaced before `held_until`, idle or not."""
+
+    since: float
+    leases: frozenset[TicketId] = frozenset()
+    idle_since: float | None = None
+    held_until: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Draining:
+    """No new grants. Rests when the leases end; `until` is when patience with them ends.
+
+    `awake` is what it goes back to if nobody wants it gone any more. `cut_at` is set once the
+    leases were told to end.
+    """
+
+    awake: Awake
+    leases: frozenset[TicketId]
+    since: float
+    until: float
+    cut_at: float | None = None
+    wanted_by: ModelId | None = None
+    """For whom it makes room; itself, where nobody else needs it."""
+    level: SleepLevel | None = SleepLevel.ONE
+    """How it is to sleep then; None: it is stopped."""
+    late: bool = False
+    """Its answers outlived `until`, and may neither be frozen nor cut yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class FallingAsleep:
+    order: OrderId
+    since: float
+    level: SleepLevel
+    frozen: frozenset[TicketId] = frozenset()
+    wanted_by: ModelId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Proving:
+    order: OrderId
+    since: float
+    proof: Proof
+
+
+@dataclass(frozen=True, slots=True)
+class Stopping:
+    """Until nothing of it is left. `order` is None between two tries: the last one failed."""
+
+    order: OrderId | None
+    since: float
+    failure: Failure | None = None
+    retry_at: float | None = None
+    """When Down may start again after a failure."""
+    again_at: float | None = None
+    """When the stop itself is tried again."""
+    wanted_by: ModelId | None = None
+    slept: SleepLevel | None = None
+    """The level at which it slept, so that it holds no more than then; None: perhaps all."""
+
+
+Phase = Down | Starting | Asleep | Waking | Awake | Draining | FallingAsleep | Proving | Stopping
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One vLLM server under our care."""
+
+    spec: EngineSpec
+    phase: Phase
+    traits: Traits | None = None
+    """None until it was identified in this incarnation."""
+    incarnation: int = 0
+    """Raised by each start and adoption; news of an older one is dropped."""
+    holds_pinned: bool = False
+    """Has slept at level 1 in this incarnation: its pinned host RAM stays until it ends."""
+    failures: int = 0
+    """In a row, since it last served somebody."""
+    enabled: bool = True
+    """Whether requests may bring it up."""
+    keep_loaded: bool = True
+    """Whether it is started again by itself after a failure."""
+    retiring: bool = False
+    """No longer in the configuration: leaves as soon as it is down."""
+    renew: bool = False
+    """Runs with settings that have changed since, or should not run: it is stopped."""
+    next_spec: EngineSpec | None = None
+    """The changed settings. Until it is down, `spec` stays what it runs with and is charged for."""
+    last_used: float = 0.0
+    timings: Mapping[str, float] = field(default_factory=dict)
+    """Typical seconds of `start`, `sleep-1`, `sleep-2`, `wake-1`, `wake-2` on this box."""
+    unproved: Mapping[Proof, str] = field(default_factory=dict)
+    """Proofs that failed, and how."""
+    no_room: Failure | None = None
+    """Why it can never come up beside what is pinned, since it was last tried."""
+
+
+# ---------------------------------------------------------------- who asks
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """One client request, from arrival to end."""
+
+    id: TicketId
+    model: ModelId
+    since: float
+    until: float
+    """When it is refused if still waiting."""
+    freezable: bool = False
+    """Its answer is a stream, so a silent gap does no harm."""
+    may_switch: bool = True
+    priority: int = 0
+    replay: bool = False
+    """Second and last try after its engine died before the first byte."""
+
+
+class Act(Enum):
+    """What an operator can ask of a model."""
+
+    SWITCH = "switch"
+    WAKE = "wake"
+    SLEEP = "sleep"
+    START = "start"
+    STOP = "stop"
+    PROVE = "prove"
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A long act with an id and a caller."""
+
+    id: OperationId
+    act: Act
+    model: ModelId
+    by: str
+    since: float
+    cut: bool = False
+    """`--now`: answers that are in the way are cut, not drained."""
+    force: bool = False
+    """Displaces pinned models too."""
+    level: SleepLevel | None = None
+    restarted: bool = False
+    """PROVE: the order was given."""
+    displaced: tuple[ModelId, ...] = ()
+    """START: what was awake and had to go; it is woken again at the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chore:
+    """Work the box gives itself: the rest of the bootstrap, and what a failure left undone."""
+
+    act: Act
+    """START (load, then put to sleep) or WAKE."""
+    model: ModelId
+    since: float
+    gentle: bool = False
+    """Displaces idle engines only, and is dropped rather than waited for."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Everything the machine knows. Never changed: `step` makes the next one."""
+
+    engines: Mapping[ModelId, Engine] = field(default_factory=dict)
+    policy: Policy = Policy()
+    gpus: Mapping[Gpu, int] = field(default_factory=dict)
+    """Budget of each GPU in MiB."""
+    host_mib: int = 0
+    """Budget of host RAM for engines."""
+    waiting: tuple[Ticket, ...] = ()
+    """In order of arrival."""
+    granted: Mapping[TicketId, Ticket] = field(default_factory=dict)
+    operations: tuple[Operation, ...] = ()
+    chores: tuple[Chore, ...] = ()
+    booted: bool = False
+    """The bootstrap is over: what could be brought up is up."""
+    stopping: bool = False
+    since: float | None = None
+    """When this life began: what runs was observed. Nothing is ordered or granted before."""
+    orders: int = 0
+    """The number of the last order given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How an operation ended; `refusal` is None if it did what was asked."""
+
+    operation: Operation
+    refusal: Refusal | None
+    text: str

@@ -1,0 +1,270 @@
+"""What came of orders, and what befell engines that nobody gave an order.
+
+A result counts only if it belongs to the order that the engine's phase is waiting for.
+"""
+
+from dataclasses import replace
+
+from .draft import Draft
+from .events import (
+    EngineDied,
+    Found,
+    Observed,
+    ProveEnded,
+    SleepEnded,
+    StartEnded,
+    StopEnded,
+    WakeEnded,
+)
+from .model import (
+    Act,
+    Asleep,
+    Awake,
+    Down,
+    Draining,
+    Engine,
+    Failure,
+    FallingAsleep,
+    ModelId,
+    OrderId,
+    Proving,
+    SleepLevel,
+    Starting,
+    Stopping,
+    TicketId,
+    Traits,
+    Waking,
+)
+from .refusals import Reason, Refusal
+
+STOP_AGAIN_S = 30.0
+"""When a stop that left something behind is tried again, in seconds."""
+
+_MEMORY = 0.3
+"""Weight of the newest duration in the moving average of an engine's timings."""
+
+
+def start_ended(d: Draft, event: StartEnded) -> None:
+    engine = _awaited(d, event.model, event.order, Starting)
+    if engine is None:
+        return
+    if event.failure is not None or event.traits is None:
+        _fail(d, engine, event.failure or Failure("it did not say what it is"), again_at_once=False)
+        return
+    adopted = isinstance(engine.phase, Starting) and engine.phase.adopts
+    timed = engine if adopted else _timed(d, engine, "start")
+    phase = _found_phase(d, event.traits)
+    pinned = may_have_pinned(event.traits) if adopted else isinstance(phase, Asleep)
+    d.put(replace(timed, traits=event.traits, phase=phase, holds_pinned=pinned, no_room=None))
+    d.watch(event.model)
+
+
+def wake_ended(d: Draft, event: WakeEnded) -> None:
+    engine = _awaited(d, event.model, event.order, Waking)
+    if engine is None or not isinstance(engine.phase, Waking):
+        return
+    if event.failure is not None:
+        _fail(d, engine, event.failure)
+        return
+    frozen = engine.phase.frozen
+    awake = Awake(d.now, leases=frozen, idle_since=None if frozen else d.now)
+    timed = _timed(d, engine, f"wake-{engine.phase.level}")
+    d.put(replace(timed, phase=awake, last_used=d.now, no_room=None))
+
+
+def sleep_ended(d: Draft, event: SleepEnded) -> None:
+    engine = _awaited(d, event.model, event.order, FallingAsleep)
+    if engine is None or not isinstance(engine.phase, FallingAsleep):
+        return
+    if event.failure is not None:
+        _fail(d, engine, event.failure)
+        return
+    level, frozen = engine.phase.level, engine.phase.frozen
+    until = d.now + d.policy.freeze_max_s if frozen else None
+    asleep = Asleep(level, d.now, frozen, until)
+    d.put(replace(_timed(d, engine, f"sleep-{level}"), phase=asleep))
+
+
+def stop_ended(d: Draft, event: StopEnded) -> None:
+    engine = _awaited(d, event.model, event.order, Stopping)
+    if engine is None or not isinstance(engine.phase, Stopping):
+        return
+    if event.failure is not None:
+        again = d.now + STOP_AGAIN_S
+        d.phase(event.model, replace(engine.phase, order=None, again_at=again))
+        return
+    down = Down(d.now, engine.phase.failure, engine.phase.retry_at)
+    d.put(
+        replace(
+            _timed(d, engine, "stop"),
+            spec=engine.next_spec or engine.spec,
+            phase=down,
+            traits=None,
+            holds_pinned=False,
+            renew=False,
+            next_spec=None,
+        )
+    )
+    refusal = failed_refusal(d, d.engines[event.model])
+    if refusal is not None:
+        d.refuse_waiting(lambda ticket: ticket.model == event.model, refusal)
+
+
+def prove_ended(d: Draft, event: ProveEnded) -> None:
+    engine = _awaited(d, event.model, event.order, Proving)
+    if engine is None or engine.traits is None:
+        return
+    if event.failure is None:
+        proofs = {**engine.traits.proofs, event.proof: event.holds}
+        unproved = dict(engine.unproved)
+        if not event.holds:
+            unproved[event.proof] = event.detail
+        traits = replace(engine.traits, proofs=proofs)
+        awake = Awake(d.now, idle_since=d.now)
+        d.put(replace(engine, traits=traits, unproved=unproved, phase=awake))
+        return
+    unproved = {**engine.unproved, event.proof: event.failure.message}
+    d.put(replace(engine, unproved=unproved))
+    _fail(d, d.engines[event.model], event.failure)
+
+
+def engine_died(d: Draft, event: EngineDied) -> None:
+    engine = d.engines.get(event.model)
+    if engine is None or engine.incarnation != event.incarnation:
+        return
+    match engine.phase:
+        case Down() | Stopping() | Starting():
+            pass  # already known, ordered, or told by the start itself
+        case Asleep() | Waking() | Awake() | Draining() | FallingAsleep() | Proving():
+            _fail(d, engine, event.failure)
+
+
+def observed(d: Draft, event: Observed) -> None:
+    """Adopt what runs. One that does not answer yet is started, which adopts it when it does.
+
+    Of several such on one GPU only the first is: they would fight for its memory. The others are
+    stopped and come up in their turn.
+    """
+    for name, found in event.found.items():
+        engine = d.engines.get(name)
+        if engine is not None:
+            _adopt(d, engine, found)
+
+
+def _adopt(d: Draft, engine: Engine, found: Found) -> None:
+    name = engine.spec.model
+    if found.traits is None:
+        if d.quiet(engine.spec.gpus):
+            d.start(name, adopts=True)
+        else:
+            d.stop(name)
+        d.put(replace(d.engines[name], holds_pinned=True))  # nobody knows
+        return
+    phase = _found_phase(d, found.traits)
+    d.put(
+        replace(
+            engine,
+            phase=phase,
+            traits=found.traits,
+            incarnation=engine.incarnation + 1,
+            holds_pinned=may_have_pinned(found.traits),
+            enabled=True,
+        )
+    )
+    d.watch(name)
+
+
+def may_have_pinned(traits: Traits) -> bool:
+    """Whether what was found may have slept at level 1 before: nobody else puts it to sleep."""
+    return SleepLevel.ONE in traits.levels or traits.asleep_level is SleepLevel.ONE
+
+
+def _found_phase(d: Draft, traits: Traits) -> Asleep | Awake:
+    """An unknown level counts as 2: reloading what was kept is slow but right."""
+    if traits.asleep:
+        return Asleep(traits.asleep_level or SleepLevel.TWO, d.now)
+    return Awake(d.now, idle_since=d.now)
+
+
+# ---------------------------------------------------------------- failure
+
+
+def give_up(d: Draft, engine: Engine, failure: Failure) -> None:
+    """Nobody waits for its order any more: it has failed."""
+    _fail(d, engine, failure)
+
+
+def _fail(d: Draft, engine: Engine, failure: Failure, *, again_at_once: bool = True) -> None:
+    """Stop what is left of it; it may start again after a back-off that grows."""
+    name = engine.spec.model
+    failures = engine.failures + 1
+    retry_at = _retry_at(d, failures, failure, again_at_once=again_at_once)
+    text = f'"{name}" failed while its answer was frozen: {failure.message}'
+    d.cut(
+        frozen(engine), text, retry_after_s=None if retry_at is None else max(1.0, retry_at - d.now)
+    )
+    d.put(replace(engine, failures=failures))
+    d.stop(name, failure, retry_at=retry_at)
+    d.drop_chores(name)
+    refusal = Refusal(Reason.MODEL_FAILED, _cannot(name, failure), failure.hint)
+    for operation in [o for o in d.operations if o.model == name and o.act is not Act.STOP]:
+        d.finish(operation, refusal.message, refusal)
+
+
+def _retry_at(d: Draft, failures: int, failure: Failure, *, again_at_once: bool) -> float | None:
+    """The first failure of an engine that worked costs nothing; after that the pause doubles."""
+    if failure.lasting or failures >= d.policy.max_failures:
+        return None
+    grown = failures - 1 if again_at_once else failures
+    if grown == 0:
+        return d.now
+    return d.now + min(d.policy.backoff_s * 2.0 ** (grown - 1), d.policy.backoff_max_s)
+
+
+def failed_refusal(d: Draft, engine: Engine) -> Refusal | None:
+    """Why requests for a failed engine are turned away during its back-off; None: they wait."""
+    if not isinstance(engine.phase, Down | Stopping) or engine.phase.failure is None:
+        return None
+    failure, at = engine.phase.failure, engine.phase.retry_at
+    if at is not None and at <= d.now:
+        return None
+    name = engine.spec.model
+    wait = None if at is None else at - d.now
+    hint = failure.hint or f"homegptctl logs {name}"
+    return Refusal(Reason.MODEL_FAILED, _cannot(name, failure), hint, retry_after_s=wait)
+
+
+def disabled_refusal(name: ModelId) -> Refusal:
+    hint = f"homegptctl start {name}"
+    return Refusal(Reason.MODEL_DISABLED, f'model "{name}" is disabled', hint)
+
+
+def _cannot(name: ModelId, failure: Failure) -> str:
+    return f'model "{name}" is not available: {failure.message}'
+
+
+def frozen(engine: Engine) -> frozenset[TicketId]:
+    """Tickets whose answers are held in this engine while it sleeps."""
+    match engine.phase:
+        case Asleep(frozen=frozen) | FallingAsleep(frozen=frozen) | Waking(frozen=frozen):
+            return frozen
+        case _:
+            return frozenset()
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def _awaited(d: Draft, model: ModelId, order: OrderId, phase: type) -> Engine | None:
+    engine = d.engines.get(model)
+    if engine is None or not isinstance(engine.phase, phase):
+        return None
+    return engine if getattr(engine.phase, "order", None) == order else None
+
+
+def _timed(d: Draft, engine: Engine, act: str) -> Engine:
+    """The engine with the duration of the order that just ended in its moving average."""
+    took = d.now - engine.phase.since
+    old = engine.timings.get(act)
+    average = took if old is None else old + _MEMORY * (took - old)
+    return replace(engine, timings={**engine.timings, act: average})

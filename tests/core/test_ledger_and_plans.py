@@ -1,0 +1,244 @@
+"""The books, and the cheapest way to make room."""
+
+from dataclasses import replace
+from itertools import product
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from homegptd.core import ledger, plans
+from homegptd.core.model import (
+    Awake,
+    FallingAsleep,
+    Gpu,
+    ModelId,
+    OnDeadline,
+    OrderId,
+    Policy,
+    Proof,
+    Starting,
+    Stopping,
+    TicketId,
+    Traits,
+    Waking,
+)
+from tests.core.builders import GB, ONE, TRAITS, TWO, asleep, awake, box, down, engine
+
+A, B, C = ModelId("a"), ModelId("b"), ModelId("c")
+ORDER = OrderId(1)
+BOTH = replace(TRAITS, proofs={Proof.RELOAD: True})
+
+
+def on_gpu(one):
+    return ledger.charge(one)[Gpu(0)] // GB
+
+
+def test_memory_is_charged_from_the_order_until_its_answer() -> None:
+    assert on_gpu(down()) == 0
+    assert on_gpu(asleep()) == 2
+    assert on_gpu(engine(Starting(ORDER, 0.0))) == 60
+    assert on_gpu(engine(Waking(ORDER, 0.0, ONE))) == 60
+    assert on_gpu(engine(FallingAsleep(ORDER, 0.0, ONE))) == 60
+    assert on_gpu(engine(Stopping(ORDER, 0.0))) == 60
+
+
+def test_a_sleeper_that_is_stopped_holds_no_more_than_it_slept_with() -> None:
+    assert on_gpu(engine(Stopping(ORDER, 0.0, slept=ONE))) == 2
+
+
+def test_pinned_ram_stays_on_the_books_at_level_2_and_awake() -> None:
+    assert ledger.charge(asleep(TWO))[ledger.HOST] == 24 * GB
+    assert ledger.charge(awake())[ledger.HOST] == 24 * GB
+    assert ledger.charge(asleep(TWO, holds_pinned=False))[ledger.HOST] == 4 * GB
+
+
+def test_an_engine_that_spans_gpus_is_charged_on_each() -> None:
+    books = ledger.charge(awake(gpus=(Gpu(0), Gpu(1))))
+    assert books[Gpu(0)] == books[Gpu(1)] == 60 * GB
+
+
+def test_a_refusal_shows_the_sum_of_each_place_that_lacks_room() -> None:
+    state = box(a=awake(pinned=True), b=asleep(), c=asleep())
+    assert ledger.explain(state, B) == (
+        "needs 60.0 GB on gpu0; 80.0 total - 60.0 pinned by the operator: a - 2.0 residue of c"
+        " = 18.0",
+    )
+
+
+def test_there_is_no_plan_for_what_does_not_fit_an_empty_box() -> None:
+    assert plans.make_room(box(a=down(awake_mib=81 * GB)), A, may_displace=lambda e: True) is None
+
+
+def test_the_idle_one_goes_before_the_busy_one() -> None:
+    state = box(
+        a=awake(1, awake_mib=39 * GB), b=awake(awake_mib=39 * GB), c=asleep(awake_mib=38 * GB)
+    )
+    assert plans.make_room(state, C, may_displace=lambda e: True) == {B: ONE}
+
+
+def test_of_two_equals_the_least_recently_used_goes_unless_its_priority_is_higher() -> None:
+    small = {"awake_mib": 39 * GB}
+    old, young = awake(last_used=1.0, **small), awake(last_used=2.0, **small)
+    state = box(a=young, b=old, c=asleep(awake_mib=38 * GB))
+    assert plans.make_room(state, C, may_displace=lambda e: True) == {B: ONE}
+    precious = replace(old, spec=replace(old.spec, priority=1))
+    state = box(a=young, b=precious, c=asleep(awake_mib=38 * GB))
+    assert plans.make_room(state, C, may_displace=lambda e: True) == {A: ONE}
+
+
+def test_the_sleeper_is_stopped_only_where_its_ram_is_needed() -> None:
+    state = box(ram=50, a=awake(holds_pinned=False), b=asleep(), c=down())
+    assert plans.make_room(state, C, may_displace=lambda e: True) == {A: ONE, B: None}
+    state = box(ram=80, a=awake(holds_pinned=False), b=asleep(), c=down())
+    assert plans.make_room(state, C, may_displace=lambda e: True) == {A: ONE}
+
+
+sizes = st.sampled_from([10, 20, 30, 40, 60])
+traits = st.sampled_from([TRAITS, BOTH, Traits("0.10")])
+
+
+@st.composite
+def engines(draw: st.DrawFn):
+    phase = draw(st.sampled_from(["awake", "busy", "asleep", "down"]))
+    gpus = draw(st.sampled_from([(Gpu(0),), (Gpu(1),), (Gpu(0), Gpu(1))]))
+    given = {
+        "gpus": gpus,
+        "awake_mib": draw(sizes),
+        "residue_mib": draw(st.integers(0, 5)),
+        "pinned_mib": draw(sizes),
+        "host_mib": 1,
+        "last_used": float(draw(st.integers(0, 9))),
+    }
+    if phase == "down":
+        return down(**given)
+    if phase == "asleep":
+        return asleep(**given, traits=draw(traits))
+    given["traits"], given["holds_pinned"] = draw(traits), draw(st.booleans())
+    busy = Awake(0.0, frozenset({TicketId(1)}))
+    return engine(busy, **given) if phase == "busy" else awake(**given)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(engines(), min_size=2, max_size=5), st.sampled_from([30, 60, 100]))
+def test_make_room_is_as_cheap_as_brute_force(given_engines, ram: int) -> None:
+    names = "abcde"[: len(given_engines)]
+    state = box(**dict(zip(names, given_engines, strict=True)))
+    state = replace(state, gpus={Gpu(0): 60, Gpu(1): 60}, host_mib=ram, granted={})
+    found = plans.make_room(state, A, may_displace=lambda e: True)
+    best = brute_force(state, A)
+    assert (found is None) == (best is None)
+    if found is not None and best is not None:
+        assert cost(state, found) <= best + 1e-9
+        assert fits(state, A, found)
+
+
+def brute_force(state, target) -> float | None:
+    others = [n for n, e in state.engines.items() if n != target and ledger.eventual(e)]
+    ways = [["keep", *how_to_rest(state, state.engines[n])] for n in others]
+    costs = []
+    for chosen in product(*ways):
+        room = {n: how for n, how in zip(others, chosen, strict=True) if how != "keep"}
+        if fits(state, target, room):
+            costs.append(cost(state, room))
+    return min(costs, default=None)
+
+
+def how_to_rest(state, one) -> list:
+    asleep_now = not isinstance(one.phase, Awake)
+    return [None] if asleep_now else [*plans.levels(one, Policy()), None]
+
+
+def fits(state, target, room) -> bool:
+    total = ledger.awake(state.engines[target])
+    for name, one in state.engines.items():
+        if name == target:
+            continue
+        if name not in room:
+            total = total + ledger.eventual(one)
+        elif room[name] is not None:
+            total = total + ledger.asleep(one, room[name])
+    return ledger.within(total, ledger.budget(state))
+
+
+def cost(state, room) -> float:
+    """The order that matters, spelt out: stops, then lower levels, then busy ones, then number."""
+    result = 0.0
+    for name, level in room.items():
+        one = state.engines[name]
+        less = sum(
+            (o.spec.priority, o.last_used) < (one.spec.priority, one.last_used)
+            for o in state.engines.values()
+        )
+        result += 0.5 * less / len(state.engines)
+        if not isinstance(one.phase, Awake):
+            result += 60.0
+            continue
+        result += 1.0 + (10.0 if one.phase.leases else 0.0)
+        levels = list(plans.levels(one, Policy()))
+        result += 100.0 if level is None else 20.0 * levels.index(level)
+    return result
+
+
+def test_a_plan_names_its_steps_and_how_long_they_should_take() -> None:
+    state = box(a=awake(timings={"sleep-1": 2.0}), b=asleep(timings={"wake-1": 4.0}))
+    plan = plans.plan_switch(state, B)
+    assert [(step.do, step.model) for step in plan.steps] == [
+        ("sleep", A),
+        ("wake", B),
+    ]
+    assert plan.expected_s == 6.0
+
+
+UNPROVED = replace(TRAITS, proofs={})
+
+
+@pytest.mark.parametrize(
+    ("given", "policy", "why"),
+    [
+        ({}, Policy(), "1 answer is running, waiting up to 10 s, then frozen"),
+        (
+            {"traits": UNPROVED},
+            Policy(max_answer_s=1800.0),
+            "1 answer is running, waiting up to 30 min (freezing is unproved here)",
+        ),
+        (
+            {"traits": replace(TRAITS, proofs={Proof.FREEZE: False})},
+            Policy(),
+            "1 answer is running, waiting up to 10 min (freezing did not work here)",
+        ),
+        (
+            {"traits": UNPROVED, "on_deadline": OnDeadline.FREEZE, "drain_s": 0.0},
+            Policy(),
+            "1 answer is running, waiting up to 0.5 s, then frozen",
+        ),
+        (
+            {"on_deadline": OnDeadline.CUT},
+            Policy(),
+            "1 answer is running, waiting up to 10 s, then cut",
+        ),
+        (
+            {"on_deadline": OnDeadline.WAIT},
+            Policy(max_answer_s=5.0),
+            "1 answer is running, waiting up to 5 s, then cut",
+        ),
+        (
+            {"traits": replace(TRAITS, levels=frozenset())},
+            Policy(max_answer_s=60.0),
+            "1 answer is running, waiting up to 60 s (a stop freezes nothing)",
+        ),
+    ],
+)
+def test_a_plan_promises_no_time_for_answers_but_says_the_bounds(given, policy, why) -> None:
+    plan = plans.plan_switch(box(policy, a=awake(1, **given), b=asleep()), B)
+    drain = plan.steps[0]
+    assert (drain.do, drain.expected_s, drain.why) == ("drain", None, why)
+    assert plan.expected_s is None
+
+
+def test_a_plan_that_cannot_be_shows_what_lacks() -> None:
+    plan = plans.plan_switch(box(a=awake(pinned=True), b=asleep()), B)
+    assert plan.steps == ()
+    assert plan.lacks == (
+        "needs 60.0 GB on gpu0; 80.0 total - 60.0 pinned by the operator: a = 20.0",
+    )
