@@ -1,0 +1,154 @@
+"""What only shows when the parts of a file are put side by side."""
+
+from collections.abc import Iterable, Sequence
+
+from .models import Read
+from .schema import Config, GpuConfig
+from .table import Table
+
+
+def check(root: Table, config: Config, read: Sequence[Read]) -> None:
+    """Report every contradiction between the parts of `config`, where it stands."""
+    _names_are_unique(read)
+    _containers_are_unique(read)
+    _ports_are_unique(root, config, read)
+    _default_can_serve(root, config)
+    _gpus_exist_and_suffice(config.gpus, read)
+    _models_fit(config.gpus, read)
+    _actives_fit_together(config.gpus, read)
+
+
+def _names_are_unique(read: Sequence[Read]) -> None:
+    ids: dict[str, int] = {}
+    for entry in read:
+        ident, table = entry.model.id, entry.table
+        if ident in ids:
+            table.problem("id", f'"{ident}" is given twice (first on line {ids[ident]})')
+        elif ident:
+            ids[ident] = table.line("id")
+    aliases: dict[str, str] = {}
+    for entry in read:
+        for alias in entry.model.aliases:
+            if alias in ids:
+                entry.table.problem("aliases", f'"{alias}" is the id on line {ids[alias]}')
+            elif alias in aliases:
+                entry.table.problem("aliases", f'"{alias}" is an alias of {aliases[alias]} already')
+            aliases.setdefault(alias, entry.model.id)
+
+
+def _containers_are_unique(read: Sequence[Read]) -> None:
+    seen: dict[str, Read] = {}
+    ids: set[str] = set()
+    for entry in read:
+        if entry.model.id in ids:
+            continue  # the id was reported, its default container is no news
+        ids.add(entry.model.id)
+        name = entry.model.container_name
+        if name in seen:
+            other = seen[name].model.id
+            entry.table.problem("container_name", f'"{name}" is the container of {other} already')
+        seen.setdefault(name, entry)
+
+
+def _ports_are_unique(root: Table, config: Config, read: Sequence[Read]) -> None:
+    taken: dict[int, str] = {}
+    http = root.section("http")
+    listens: set[str] = set()
+    for listen in config.http.listen:
+        port = int(listen.rpartition(":")[2])
+        if listen in listens and port:
+            http.problem("listen", f'"{listen}" is given twice')
+        listens.add(listen)
+        taken[port] = "http.listen"
+    if config.webui.enabled:
+        _take(taken, config.webui.port, root.section("webui"), "port")
+    for entry in read:
+        if entry.model.host_port is not None:
+            _take(taken, entry.model.host_port, entry.table, "host_port")
+
+
+def _take(taken: dict[int, str], port: int, table: Table, key: str) -> None:
+    if port in taken:
+        table.problem(key, f"port {port} is taken by {taken[port]}")
+    taken.setdefault(port, f"{table.item.path}.{key}")
+
+
+def _default_can_serve(root: Table, config: Config) -> None:
+    if config.default is None:
+        return
+    model = config.model(config.default)
+    if model is None:
+        known = ", ".join(m.id for m in config.models if m.id)
+        root.problem("default", f'no model is named "{config.default}"; there are {known}')
+    elif model.startup_mode == "disabled":
+        root.problem("default", f'"{config.default}" has startup_mode disabled')
+
+
+def _gpus_exist_and_suffice(cards: Sequence[GpuConfig], read: Sequence[Read]) -> None:
+    indices = {card.index for card in cards}
+    for entry in read:
+        given, needed, table = entry.model.gpus, entry.gpus_needed, entry.table
+        if len(set(given)) < len(given):
+            table.problem("gpus", "names a GPU twice")
+        if "gpus" not in table:
+            if needed is not None and cards and needed > len(cards):
+                table.problem(
+                    "engine", f"its parallel sizes need {needed} GPUs, gpus: has {len(cards)}"
+                )
+            continue
+        for index in sorted(set(given) - indices if cards else ()):
+            table.problem("gpus", f"there is no GPU {index}; gpus: has {_words(sorted(indices))}")
+        if needed is not None and needed != len(given):
+            table.problem(
+                "gpus", f"names {len(given)} GPUs, but the engine's parallel sizes need {needed}"
+            )
+
+
+def _models_fit(cards: Sequence[GpuConfig], read: Sequence[Read]) -> None:
+    for entry in read:
+        model = entry.model
+        _parts_are_smaller(entry)
+        each = model.gpu_memory_mib_each
+        for card in _of(cards, model.gpus):
+            if card.memory_mib is not None and each > card.memory_mib:
+                parts = f" / {len(model.gpus)} GPUs = {_gb(each)}" if len(model.gpus) > 1 else ""
+                message = f"{model.gpu_memory_gb:.1f} GB{parts} is more than GPU {card.index} has"
+                entry.table.problem("gpu_memory_gb", f"{message}, {_gb(card.memory_mib)}")
+                break
+
+
+def _parts_are_smaller(entry: Read) -> None:
+    model = entry.model
+    for key, part in (("weights_gb", model.weights_gb), ("residue_gb", model.residue_gb)):
+        if part is not None and 0 < model.gpu_memory_gb < part:
+            whole = f"gpu_memory_gb, {model.gpu_memory_gb:g}"
+            entry.table.problem(key, f"{part:g} is more than {whole}, which it is a part of")
+
+
+def _actives_fit_together(cards: Sequence[GpuConfig], read: Sequence[Read]) -> None:
+    actives = [entry for entry in read if entry.model.startup_mode == "active"]
+    for card in cards:
+        on_it = [entry for entry in actives if card.index in entry.model.gpus]
+        total = sum(entry.model.gpu_memory_mib_each for entry in on_it)
+        if len(on_it) < 2 or card.memory_mib is None or total <= card.memory_mib:
+            continue
+        terms = " + ".join(f"{e.model.id} {_gb(e.model.gpu_memory_mib_each)}" for e in on_it)
+        on_it[-1].table.problem(
+            "startup_mode",
+            f"the active models do not fit together on GPU {card.index}: "
+            f"{terms} = {_gb(total)} of {_gb(card.memory_mib)}; let all but one start asleep",
+        )
+        return
+
+
+def _of(cards: Sequence[GpuConfig], indices: Iterable[int]) -> list[GpuConfig]:
+    wanted = set(indices)
+    return [card for card in cards if card.index in wanted]
+
+
+def _gb(mib: int) -> str:
+    return f"{mib / 1024:.1f} GB"
+
+
+def _words(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
