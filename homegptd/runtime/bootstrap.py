@@ -1,0 +1,43 @@
+"""What runs already when the daemon begins. The rest of the bootstrap is the machine's work."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from homegptd.core.events import Found, Observed
+from homegptd.core.model import ModelId, Traits
+from homegptd.core.refusals import Fault
+
+from .ports import EnginesPort, UnitsPort
+
+log = logging.getLogger(__name__)
+
+Identify = Callable[[ModelId], Awaitable[Traits]]
+
+OBSERVE_S = 30.0
+"""How long one engine may take to say what it is, in seconds; they are asked side by side."""
+
+
+async def observe(units: UnitsPort, engines: EnginesPort, identify: Identify) -> Observed:
+    """Ask every engine that runs what it is. One that does not answer (yet) has no traits."""
+    running = await units.observe()
+    found: dict[ModelId, Found] = {}
+
+    async def ask(model: ModelId) -> None:
+        found[model] = await _ask(engines, model, identify)
+
+    async with asyncio.TaskGroup() as group:
+        for model in running:
+            group.create_task(ask(model), name=f"observe {model}")
+    return Observed({model: found[model] for model in running})
+
+
+async def _ask(engines: EnginesPort, model: ModelId, identify: Identify) -> Found:
+    try:
+        async with asyncio.timeout(OBSERVE_S):
+            if not await engines[model].ready():
+                return Found()
+            return Found(await identify(model))
+    except (Fault, TimeoutError) as error:
+        log.warning("%s runs but does not say what it is: %s", model, error)
+        return Found()

@@ -1,0 +1,370 @@
+"""The one owner of the state: takes events, calls `step`, has the commands carried out.
+
+`post` runs `step` at once and never awaits, so a lease on an awake model costs one call and no turn
+of the event loop.
+"""
+
+import asyncio
+import itertools
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from types import TracebackType
+from typing import Protocol
+
+from homegptd.core.commands import Command, Cut, Finish, Grant, Order, Refuse, Watch
+from homegptd.core.events import (
+    CancelAsked,
+    Event,
+    OperationAsked,
+    RequestArrived,
+    TicketClosed,
+    TimePassed,
+)
+from homegptd.core.invariants import held
+from homegptd.core.machine import step
+from homegptd.core.model import (
+    Act,
+    Ended,
+    ModelId,
+    Operation,
+    OperationId,
+    SleepLevel,
+    State,
+    Ticket,
+    TicketId,
+)
+from homegptd.core.refusals import Reason, Refusal
+from homegptd.core.story import Line, tell
+
+log = logging.getLogger(__name__)
+
+_LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+_REMEMBERED = 500
+"""Ended operations that can still be asked for."""
+
+
+class Refused(Exception):
+    """A request or an operation is turned down; `refusal` says why and when to ask again."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
+
+
+class _OverError(Exception):
+    """Ends the task group: its other tasks are cancelled."""
+
+
+class Carrier(Protocol):
+    """Carries out orders as tasks of the group it is given; each ends in one event."""
+
+    def carry_out(self, command: Order | Watch, group: asyncio.TaskGroup) -> None: ...
+
+
+class Lease:
+    """A granted ticket: holds its engine awake until the block ends.
+
+    `cut` is done when the answer has to end now, with the refusal to tell the client.
+    """
+
+    __slots__ = ("_answer", "_outcome", "_scheduler", "_served", "cut", "ticket")
+
+    def __init__(self, scheduler: "Scheduler", ticket: Ticket) -> None:
+        self._scheduler = scheduler
+        self._answer: asyncio.Future[None] | None = None
+        self._outcome: Refusal | bool = False  # True: granted
+        self._served = False
+        self.cut: asyncio.Future[Refusal] = scheduler.loop.create_future()
+        self.ticket = ticket
+
+    @property
+    def model(self) -> ModelId:
+        return self.ticket.model
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the answer is held inside an engine that sleeps or is about to."""
+        return self._scheduler.is_frozen(self.ticket)
+
+    def served(self) -> None:
+        """The whole answer went out."""
+        self._served = True
+
+    async def __aenter__(self) -> "Lease":
+        """Wait for the engine. Raises: Refused."""
+        try:
+            self._scheduler.open(self)
+            if self._outcome is False:
+                self._answer = self._scheduler.loop.create_future()
+                await self._answer
+        except BaseException:
+            self._scheduler.close(self.ticket.id, served=False)
+            raise
+        if isinstance(self._outcome, Refusal):
+            self._scheduler.close(self.ticket.id, served=False)
+            raise Refused(self._outcome)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._scheduler.close(self.ticket.id, served=self._served)
+
+    def settle(self, outcome: Refusal | bool) -> None:
+        """Granted (True) or refused: only the scheduler says so."""
+        self._outcome = outcome
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(None)
+
+
+class Scheduler:
+    """Owns the state. Everything that changes it goes through `post`."""
+
+    def __init__(self, state: State, carrier: Carrier, *, max_wait_s: float) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._state = state
+        self._carrier = carrier
+        self._max_wait_s = max_wait_s
+        self._inbox: deque[Event] = deque()
+        self._stepping = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._group: asyncio.TaskGroup | None = None
+        self._broken: asyncio.Future[None] = self.loop.create_future()
+        self._leases: dict[TicketId, Lease] = {}
+        self._tickets = itertools.count(1)
+        self._operations = itertools.count(1)
+        self._ended: dict[OperationId, Ended] = {}
+        self._emptied: asyncio.Future[None] | None = None
+        self._watchers: set[Callable[[tuple[Line, ...]], None]] = set()
+
+    @property
+    def state(self) -> State:
+        """The newest snapshot; never changes under the reader."""
+        return self._state
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["Scheduler"]:
+        """Carry out orders for the duration of the block; then cancel what is still under way.
+
+        A defect in `step` ends the block with that exception: the process is to end, systemd
+        starts it again, and the engines are adopted.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                group.create_task(self._guard(), name="guard")
+                try:
+                    yield self
+                finally:
+                    self._group = None
+                    if self._timer is not None:
+                        self._timer.cancel()
+                raise _OverError
+        except* _OverError:
+            pass
+
+    async def _guard(self) -> None:
+        await self._broken
+
+    # ------------------------------------------------------------ events
+
+    def post(self, event: Event) -> None:
+        """Take one step. Events posted from inside a step follow it in order.
+
+        Nothing is taken any more after a defect: the state may be half of two.
+        """
+        self._inbox.append(event)
+        if self._stepping or self._broken.done():
+            return
+        self._stepping = True
+        try:
+            while self._inbox:
+                self._take(self._inbox.popleft())
+        except BaseException as error:
+            if not self._broken.done():
+                self._broken.set_exception(error)
+            raise
+        finally:
+            self._stepping = False
+
+    def _take(self, event: Event) -> None:
+        before, now = self._state, self.loop.time()
+        outcome = step(before, event, now)
+        self._state = outcome.state
+        self._rearm(outcome.wake_at)
+        for command in outcome.commands:
+            self._carry_out(command)
+        if self._emptied is not None and not outcome.state.granted and not self._emptied.done():
+            self._emptied.set_result(None)
+        lines = tell(before, event, outcome, now)
+        if lines:
+            self._publish(lines)
+
+    def _rearm(self, at: float | None) -> None:
+        if self._timer is not None:
+            if at is not None and self._timer.when() == at and not self._timer.cancelled():
+                return
+            self._timer.cancel()
+            self._timer = None
+        if at is not None:
+            self._timer = self.loop.call_at(at, self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        self.post(TimePassed())
+
+    def _carry_out(self, command: Command) -> None:
+        match command:
+            case Grant(ticket):
+                self._settle(ticket, outcome=True)
+            case Refuse(ticket, refusal):
+                self._settle(ticket, outcome=refusal)
+            case Cut(ticket, refusal):
+                lease = self._leases.get(ticket)
+                if lease is not None and not lease.cut.done():
+                    lease.cut.set_result(refusal)
+            case Finish(ended):
+                self._remember(ended)
+            case _:
+                if self._group is not None:
+                    self._carrier.carry_out(command, self._group)
+
+    # ------------------------------------------------------------ requests
+
+    def lease(
+        self,
+        model: ModelId,
+        *,
+        freezable: bool,
+        may_switch: bool = True,
+        priority: int = 0,
+        max_wait_s: float | None = None,
+        replay: bool = False,
+    ) -> Lease:
+        """`async with scheduler.lease(model, freezable=…)` holds the model awake for the block.
+
+        `freezable`: the answer is a stream. `replay`: second try of a request whose engine died.
+        Raises Refused on entering.
+        """
+        now = self.loop.time()
+        limit = self._max_wait_s if max_wait_s is None else min(max_wait_s, self._max_wait_s)
+        ticket = Ticket(
+            id=TicketId(next(self._tickets)),
+            model=model,
+            since=now,
+            until=now + limit,
+            freezable=freezable,
+            may_switch=may_switch,
+            priority=priority,
+            replay=replay,
+        )
+        return Lease(self, ticket)
+
+    def open(self, lease: Lease) -> None:
+        self._leases[lease.ticket.id] = lease
+        self.post(RequestArrived(lease.ticket))
+
+    def close(self, ticket: TicketId, *, served: bool) -> None:
+        if self._leases.pop(ticket, None) is not None:
+            self.post(TicketClosed(ticket, served))
+
+    async def idle(self) -> None:
+        """Return once no answer is running or frozen any more. For one waiter at a time."""
+        if self._state.granted:
+            self._emptied = self.loop.create_future()
+            try:
+                await self._emptied
+            finally:
+                self._emptied = None
+
+    def cut_all(self, why: str) -> int:
+        """Tell every running answer to end now, honestly; how many there were."""
+        refusal = Refusal(Reason.SHUTTING_DOWN, why, retry_after_s=5.0)
+        for lease in self._leases.values():
+            if not lease.cut.done():
+                lease.cut.set_result(refusal)
+        return len(self._leases)
+
+    def is_frozen(self, ticket: Ticket) -> bool:
+        engine = self._state.engines.get(ticket.model)
+        return (
+            engine is not None and ticket.id in held(engine) and not hasattr(engine.phase, "leases")
+        )
+
+    def _settle(self, ticket: TicketId, *, outcome: Refusal | bool) -> None:
+        lease = self._leases.get(ticket)
+        if lease is not None:
+            lease.settle(outcome)
+
+    # ------------------------------------------------------------ operations
+
+    def operate(
+        self,
+        act: Act,
+        model: ModelId,
+        *,
+        by: str,
+        cut: bool = False,
+        force: bool = False,
+        level: SleepLevel | None = None,
+    ) -> Operation:
+        """Begin an operation. It may have ended already when this returns: see `ended`."""
+        operation = Operation(
+            id=OperationId(next(self._operations)),
+            act=act,
+            model=model,
+            by=by,
+            since=self.loop.time(),
+            cut=cut,
+            force=force,
+            level=level,
+        )
+        self.post(OperationAsked(operation))
+        return operation
+
+    def cancel(self, operation: OperationId) -> None:
+        self.post(CancelAsked(operation))
+
+    def ended(self, operation: OperationId) -> Ended | None:
+        """How it ended; None while it runs, or if it is unknown or long gone."""
+        return self._ended.get(operation)
+
+    def _remember(self, ended: Ended) -> None:
+        self._ended[ended.operation.id] = ended
+        while len(self._ended) > _REMEMBERED:
+            del self._ended[next(iter(self._ended))]
+
+    # ------------------------------------------------------------ watching
+
+    def _publish(self, lines: tuple[Line, ...]) -> None:
+        for line in lines:
+            log.log(_LEVELS[line.level], "%s", line.text, extra={"journal": _fields(line)})
+        for watcher in list(self._watchers):
+            watcher(lines)
+
+    @contextmanager
+    def watched(self, watcher: Callable[[tuple[Line, ...]], None]) -> Iterator[None]:
+        """Call `watcher` with the story of each step that has one, for the duration of the block.
+
+        It must be quick and must not raise.
+        """
+        self._watchers.add(watcher)
+        try:
+            yield
+        finally:
+            self._watchers.discard(watcher)
+
+
+def _fields(line: Line) -> dict[str, object]:
+    """For journald, so that `journalctl MODEL_ID=…` tells the story of one model."""
+    told: dict[str, object] = {name.upper(): value for name, value in line.fields.items()}
+    if "OPERATION" in told:
+        told["OPERATION_ID"] = told.pop("OPERATION")
+    if "PHASE" in told:
+        told["WAS"], _, told["PHASE"] = str(told["PHASE"]).partition(" → ")
+    return {"MODEL_ID": line.model, "KIND": line.kind, **told}
