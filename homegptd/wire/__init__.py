@@ -1,0 +1,1 @@
+"""What both ends of a wire share. Standard library only: the CLI imports it on every start."""

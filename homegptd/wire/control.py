@@ -1,0 +1,317 @@
+"""The control protocol: what may be called over the socket, with what, and what comes back.
+
+Only names and shapes; `homegptd.faces.methods` adds handlers and makes the OpenRPC document from
+these types. Callers import this module for type checking only. Times named `_at`, `since`,
+`until`, `now` and `time` are seconds since 1970 (UTC); durations end in `_s`; memory is in MiB
+(2**20 bytes).
+
+Three notifications come from the daemon: `progress` (to whom waits), `event` (to whom subscribed)
+and `closing` (to everybody, before the daemon goes).
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal, NotRequired, TypeAlias, TypedDict
+
+from .schema import Default
+
+ModelStatus: TypeAlias = Literal["active", "sleeping", "switching", "error", "disabled", "stopped"]
+PhaseWord: TypeAlias = Literal[
+    "down", "starting", "asleep", "waking", "awake", "draining", "falling-asleep", "stopping",
+    "proving",
+]  # fmt: skip
+DaemonPhase: TypeAlias = Literal["bootstrap", "ready", "degraded", "stopping"]
+OperationState: TypeAlias = Literal["running", "done", "failed", "cancelled"]
+StepState: TypeAlias = Literal["waiting", "running", "done"]
+Level: TypeAlias = Literal[1, 2]
+
+
+class Method(StrEnum):
+    """Every method of the socket."""
+
+    STATUS = "status"
+    SWITCH = "switch"
+    SLEEP = "sleep"
+    WAKE = "wake"
+    START = "start"
+    STOP = "stop"
+    PROVE = "prove"
+    RELOAD = "reload"
+    OPERATION = "operation"
+    CANCEL = "cancel"
+    PLAN = "plan"
+    EVENTS = "events"
+    LOGS = "logs"
+    VERSION = "version"
+    DISCOVER = "rpc.discover"
+
+
+class Notice(StrEnum):
+    """Every notification of the daemon."""
+
+    PROGRESS = "progress"
+    EVENT = "event"
+    CLOSING = "closing"
+
+
+# What is sent
+
+Model: TypeAlias = Annotated[str, "id of a model, or one of its aliases"]
+Wait: TypeAlias = Annotated[bool, "answer when the operation has ended", Default(True)]
+Now: TypeAlias = Annotated[bool, "cut running answers instead of draining", Default(False)]
+
+
+class NoParams(TypedDict):
+    """Nothing."""
+
+
+class ModelParams(TypedDict):
+    """A model, and whether to wait."""
+
+    model: Model
+    wait: NotRequired[Wait]
+
+
+class ModelNowParams(TypedDict):
+    """A model, whether to wait, and whether its running answers may be cut."""
+
+    model: Model
+    wait: NotRequired[Wait]
+    now: NotRequired[Now]
+
+
+class SwitchParams(TypedDict):
+    """A model, whether to wait, and what may be done to those in its way."""
+
+    model: Model
+    wait: NotRequired[Wait]
+    now: NotRequired[Now]
+    force: NotRequired[Annotated[bool, "displace pinned models too", Default(False)]]
+
+
+class SleepParams(TypedDict):
+    """A model, whether to wait, and how deep; without a level the daemon chooses."""
+
+    model: Model
+    wait: NotRequired[Wait]
+    level: NotRequired[
+        Annotated[Level | None, "1 keeps weights in RAM, 2 drops them", Default(None)]
+    ]
+
+
+class WaitParams(TypedDict):
+    """Whether to wait."""
+
+    wait: NotRequired[Wait]
+
+
+class OperationParams(TypedDict):
+    """An operation, and whether to wait for its end."""
+
+    id: int
+    wait: NotRequired[Annotated[bool, "answer when the operation has ended", Default(False)]]
+
+
+class IdParams(TypedDict):
+    """An operation."""
+
+    id: int
+
+
+class PlanParams(TypedDict):
+    """A model."""
+
+    model: Model
+
+
+class LogsParams(TypedDict):
+    """A model and how many of its engine's last lines, at most 10000."""
+
+    model: Model
+    lines: NotRequired[Annotated[int, "how many", Default(50)]]
+
+
+# What comes back
+
+
+class ErrorView(TypedDict):
+    """Why a model is out of order."""
+
+    message: str
+    hint: str | None
+
+
+class FailureView(TypedDict):
+    """Why an operation failed; `reason` is a word of `wire.codes.TABLE`."""
+
+    message: str
+    hint: str | None
+    reason: str
+
+
+class MemoryView(TypedDict):
+    """What a model holds now, in MiB: summed over its GPUs, and of the host's RAM."""
+
+    gpu: int
+    host: int
+
+
+class RequestsView(TypedDict):
+    """How many requests of a model are running, waiting for it, and frozen in its engine."""
+
+    running: int
+    waiting: int
+    frozen: int
+
+
+class ModelView(TypedDict):
+    """One model. `status` is the word of the HTTP API, `phase` the daemon's own."""
+
+    id: str
+    name: Annotated[str, "for people"]
+    aliases: list[str]
+    status: ModelStatus
+    phase: PhaseWord
+    since: Annotated[float | None, "when this phase began"]
+    level: Annotated[Level | None, "the sleep level of a sleeper"]
+    gpus: list[int]
+    memory_mib: MemoryView
+    requests: RequestsView
+    until: Annotated[float | None, "when this phase ends by itself, if it does"]
+    why: Annotated[str, "why it is in this state, or what comes next"]
+    default: Annotated[bool, "gets the requests that name no model"]
+    pinned: bool
+    error: ErrorView | None
+
+
+class QueueView(TypedDict):
+    """Requests that wait for a model; `since` is the arrival of the oldest."""
+
+    model: str
+    waiting: int
+    since: float
+
+
+class GpuView(TypedDict):
+    """One GPU, in MiB; `reserved` is promised to an order in flight."""
+
+    index: int
+    name: str
+    total_mib: int
+    used_mib: int
+    reserved_mib: int
+    free_mib: int
+
+
+class HostView(TypedDict):
+    """The host's RAM, in MiB."""
+
+    total_mib: int
+    used_mib: int
+
+
+class StepView(TypedDict):
+    """One step of an operation: `do` is a verb such as "drain", "sleep", "wake"."""
+
+    do: str
+    model: str
+    state: StepState
+    seconds: Annotated[float | None, "how long it has taken so far, or took"]
+    expected_s: Annotated[float | None, "how long it should take, from this box's own history"]
+
+
+class OperationView(TypedDict):
+    """A long act. `outcome` and `error` are null while it runs."""
+
+    id: int
+    kind: Annotated[str, "the method that began it, or what the daemon does by itself"]
+    model: str | None
+    by: Annotated[str, "who asked"]
+    since: float
+    state: OperationState
+    outcome: Annotated[str | None, "one line for people"]
+    error: FailureView | None
+    steps: list[StepView]
+    elapsed_s: float
+    expected_s: Annotated[float | None, "for all steps together"]
+
+
+class StatusView(TypedDict):
+    """The whole box at one glance."""
+
+    version: str
+    pid: int
+    started_at: float
+    now: float
+    ready: bool
+    phase_of_daemon: DaemonPhase
+    summary: Annotated[str, "the line that systemctl status shows"]
+    default: Annotated[str | None, "id of the default model"]
+    models: list[ModelView]
+    queue: list[QueueView]
+    gpus: list[GpuView]
+    host: HostView
+    operations: Annotated[list[OperationView], "those that run, oldest first"]
+
+
+class PlanStepView(TypedDict):
+    """One step that a switch would take, and why."""
+
+    do: str
+    model: str
+    expected_s: float | None
+    why: str
+
+
+class PlanView(TypedDict):
+    """What a switch to `model` would do now; `sum` is the memory sum, line by line."""
+
+    model: str
+    fits: bool
+    steps: list[PlanStepView]
+    expected_s: float | None
+    sum: list[str]
+
+
+class LogsView(TypedDict):
+    """The last lines of an engine's log, oldest first, and the command that follows it."""
+
+    lines: list[str]
+    follow: Annotated[list[str], "argv; prints what comes from now on, and nothing before"]
+
+
+class VersionView(TypedDict):
+    """The daemon's version."""
+
+    version: str
+    pid: int
+    python: str
+
+
+class EventsView(TypedDict):
+    """Nothing; events follow as notifications until the connection ends."""
+
+
+class ProgressNotice(TypedDict):
+    """How far the operation of a waiting call is; the first comes at once."""
+
+    call: Annotated[str | float | None, "id of the call that waits"]
+    operation: OperationView
+
+
+class EventNotice(TypedDict):
+    """Something happened; `fields` hold the figures."""
+
+    time: float
+    kind: str
+    model: str | None
+    message: str
+    fields: dict[str, object]
+
+
+class ClosingNotice(TypedDict):
+    """The daemon is about to close this connection."""
+
+    reason: Annotated[str, "a word of the table of reasons"]
+    message: str
