@@ -1,0 +1,65 @@
+"""The models as clients see them: by id or alias, and as a list, from memory alone."""
+
+from __future__ import annotations
+
+import difflib
+
+from homegptd.core.model import ModelId
+from homegptd.core.refusals import Reason, Refusal
+from homegptd.wire import control as wire
+
+from .desk import Desk
+
+
+class Models:
+    """The model list of the OpenAI API, from the newest snapshot.
+
+    With `only` it is the list of a door to that one model: others are not there.
+    """
+
+    def __init__(self, desk: Desk, only: ModelId | None = None) -> None:
+        self._desk = desk
+        self._only = only
+
+    def find(self, name: str) -> ModelId | None:
+        found = self._desk.resolve(name)
+        return found if self._only in (None, found) else None
+
+    def kind(self, model: ModelId) -> str | None:
+        """What the model is for, as configured; None where that is not known."""
+        return self._desk.kinds.get(model)
+
+    def default(self) -> ModelId | None:
+        """The model of a request that names none."""
+        return self._only or self._desk.default()
+
+    def _views(self) -> list[wire.ModelView]:
+        return [v for v in self._desk.models() if self._only in (None, v["id"])]
+
+    def unknown(self, name: str) -> Refusal:
+        """Names what is near, or else what there is."""
+        known = [each for view in self._views() for each in (view["id"], *view["aliases"])]
+        near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}" if near else f"known are {', '.join(known)}"
+        shown = name if len(name) <= 100 else name[:100] + "…"
+        return Refusal(Reason.UNKNOWN_MODEL, f'there is no model "{shown}"', hint=hint)
+
+    def listed(self) -> dict[str, object]:
+        """The answer to GET /v1/models: all models, whatever their state."""
+        return {"object": "list", "data": [self._entry(view) for view in self._views()]}
+
+    def entry(self, name: str) -> dict[str, object] | None:
+        """The answer to GET /v1/models/NAME; None where there is no such model."""
+        model = self.find(name)
+        views = (view for view in self._desk.models() if view["id"] == model)
+        return next((self._entry(view) for view in views), None)
+
+    def _entry(self, view: wire.ModelView) -> dict[str, object]:
+        """State goes under a key of our own: some clients hide models by a `status` they know."""
+        return {
+            "id": view["id"],
+            "object": "model",
+            "created": int(self._desk.started_at),
+            "owned_by": "homegpt",
+            "homegpt": {key: view[key] for key in ("name", "aliases", "status", "why")},
+        }

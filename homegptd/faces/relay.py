@@ -1,0 +1,378 @@
+"""The hot path: an engine's answer goes to the client as the bytes that came.
+
+The engine's connection hands its bytes to `Answer`, which writes them to the client's transport in
+the same turn of the event loop; the handler's task only waits for the end. Nothing is parsed: the
+relay looks for a few words that no string inside JSON can contain unescaped, and holds back
+
+* the head, until the first event or (up to 1 MiB) the whole of an unstreamed JSON answer is there:
+  until then the request can be sent again to another incarnation of the engine;
+* in a stream the piece of a chunk, until the chunk is whole, so that an error frame can follow
+  whatever was passed on.
+
+An answer that vLLM cut itself (`finish_reason: "abort"`, a bare `[DONE]`) is never passed on as a
+complete one. After the first byte every error is a frame of the client's protocol and a closed
+connection; where the protocol has no frames, a connection closed before the announced end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import dataclass
+
+from aiohttp import HttpVersion11, web
+
+from homegptd.core.refusals import Reason, Refusal
+from homegptd.runtime.scheduler import Lease
+
+from . import errors
+from .errors import Shape
+from .upstream import Address, Connection, Head, Pool
+
+_HOLD_CHUNK = 64 * 1024
+_HOLD_ANSWER = 1 << 20
+_HOP_BY_HOP = frozenset(
+    [b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-connection", b"te", b"trailer",
+     b"transfer-encoding", b"upgrade"]
+)  # fmt: skip
+_ABORT = re.compile(rb'(?:finish|stop)_reason"\s*:\s*"abort"')
+_ERROR_EVENT = b'data: {"error"'
+_DEATH = re.compile(rb"EngineCore encountered|EngineDeadError|new futures after shutdown")
+"""What a vLLM with a dead or stopping engine core says (seen on 0.32)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Seconds. They do not run while the answer is frozen."""
+
+    first_byte_s: float = 600.0
+    between_bytes_s: float = 120.0
+    client_s: float = 120.0
+    """How long a client may take none of what waits for it."""
+    linger_s: float = 10.0
+    """How long a client that reads slowly gets to read the end of an answer that failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request as the engine gets it. `headers` are lines that end in CRLF."""
+
+    path: str
+    headers: bytes
+    body: bytes
+    shape: Shape
+
+    def head(self) -> bytes:
+        return b"POST %s HTTP/1.1\r\nHost: engine\r\n%sContent-Length: %d\r\n\r\n" % (
+            self.path.encode(),
+            self.headers,
+            len(self.body),
+        )
+
+
+class Broken(Exception):
+    """The answer did not come to its end.
+
+    `sent`: the engine may have got the request. `begun`: the client has got a part of the answer,
+    an error frame, and, unless `kept`, a closed connection. `again`: the request is worth sending
+    once more.
+    """
+
+    def __init__(
+        self, refusal: Refusal, *, begun: bool = False, again: bool = False, sent: bool = True
+    ) -> None:
+        super().__init__(refusal.message)
+        self.refusal, self.begun, self.again, self.sent = refusal, begun, again, sent
+        self.kept = False
+
+
+class Relayed(web.StreamResponse):
+    """What a handler returns when the client's transport already has the answer."""
+
+    def __init__(self, *, keep_alive: bool) -> None:
+        super().__init__()
+        self._open = keep_alive
+
+    @property
+    def keep_alive(self) -> bool:
+        return self._open
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        """Nothing: the head is out."""
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Nothing: the body is out."""
+
+
+KEPT = Relayed(keep_alive=True)
+CLOSED = Relayed(keep_alive=False)
+
+
+async def relay(
+    request: web.BaseRequest,
+    ask: Ask,
+    *,
+    lease: Lease,
+    pool: Pool,
+    address: Address,
+    limits: Limits,
+) -> web.StreamResponse:
+    """Ask the engine at `address` and relay what it answers. Raises: Broken."""
+    old = request.version < HttpVersion11
+    connection = None if old else pool.take(address)
+    while True:
+        if connection is None:
+            connection = await _connect(pool, address, lease, unchunked=old)
+        answer = Answer(request, ask, connection, lease, limits, pool.loop)
+        await answer.relayed()
+        if not answer.stale:
+            return KEPT if answer.keep_alive else CLOSED
+        connection = None
+
+
+async def _connect(pool: Pool, address: Address, lease: Lease, *, unchunked: bool) -> Connection:
+    try:
+        return await pool.connect(address, unchunked=unchunked)
+    except (OSError, TimeoutError) as error:
+        raise Broken(
+            _fault(lease, f"cannot be reached ({error})"), begun=False, again=True
+        ) from None
+
+
+def _fault(lease: Lease, what: str) -> Refusal:
+    return Refusal(Reason.ENGINE_FAULT, f'the engine of "{lease.model}" {what}')
+
+
+class Answer:
+    """One answer on its way from an engine to a client."""
+
+    __slots__ = (
+        "_ask", "_begun", "_chunked", "_client", "_connection", "_full", "_head", "_heard", "_held",
+        "_hold", "_idle_s", "_lease", "_limits", "_loop", "_over", "_problem", "_protocol",
+        "_request", "_spoiled", "_sse", "_status", "_tick_s", "_timer", "_torn", "_turn",
+        "keep_alive", "stale",
+    )  # fmt: skip
+
+    def __init__(
+        self, request: web.BaseRequest, ask: Ask, connection: Connection, lease: Lease,
+        limits: Limits, loop: asyncio.AbstractEventLoop,
+    ) -> None:  # fmt: skip
+        self._request, self._ask, self._connection = request, ask, connection
+        self._lease, self._limits, self._loop = lease, limits, loop
+        self._protocol = request.protocol
+        client = request.transport
+        if client is None:
+            raise ConnectionResetError("the client is gone")
+        self._client = client
+        self.keep_alive = request.keep_alive
+        self.stale = False
+        self._head = b""
+        self._status = 0
+        self._sse = self._chunked = False
+        self._held = bytearray()
+        self._hold = _HOLD_ANSWER
+        self._begun = self._over = self._spoiled = self._torn = False
+        self._full = self._heard = False
+        self._problem: Broken | None = None
+        self._turn: asyncio.Future[None] = loop.create_future()
+        self._tick_s = min(limits.first_byte_s, limits.between_bytes_s, limits.client_s) / 8
+        self._idle_s = 0.0
+        self._timer = loop.call_later(self._tick_s, self._tick)
+
+    async def relayed(self) -> None:
+        """Until the answer has ended one way or the other. Raises: Broken."""
+        cut = self._lease.cut
+        cut.add_done_callback(self._on_cut)
+        try:
+            self._connection.send(self, self._ask.head(), self._ask.body)
+            while not self._over:
+                await self._turn
+                if self._full and not self._over:
+                    await self._until_client_reads()
+        finally:
+            cut.remove_done_callback(self._on_cut)
+            self._timer.cancel()
+            self._connection.leave()
+            if self._begun and not self._over:
+                self._client.abort()  # cancelled, or a defect: nothing may follow what is out
+        if self._problem is not None:
+            raise self._problem
+
+    # ------------------------------------------------------------ the engine speaks
+
+    def on_head(self, head: Head) -> None:
+        kind = head.get(b"content-type")
+        endless = head.length is None and not head.chunked and head.status not in (204, 304)
+        if head.status < 200 or endless:
+            self._lost("sent an answer without a length")
+            return
+        self._status = head.status
+        self._chunked = head.chunked and self._request.version >= HttpVersion11
+        self._sse = head.chunked and kind.startswith(b"text/event-stream")
+        if self._sse:
+            self._hold = _HOLD_CHUNK
+        elif not kind.startswith(b"application/json"):
+            self._hold = 0
+        if head.chunked and not self._chunked:
+            self.keep_alive = False  # only the end of the connection can end this body
+        self._head = self._client_head(head)
+
+    def _client_head(self, head: Head) -> bytes:
+        version = b"1.1" if self._request.version >= HttpVersion11 else b"1.0"
+        lines = [b"HTTP/%s %d %s" % (version, head.status, head.reason)]
+        lines += [b"%s: %s" % each for each in head.headers if each[0].lower() not in _HOP_BY_HOP]
+        if self._chunked:
+            lines.append(b"Transfer-Encoding: chunked")
+        if not self.keep_alive:
+            lines.append(b"Connection: close")
+        elif version == b"1.0":
+            lines.append(b"Connection: keep-alive")
+        return b"\r\n".join(lines) + b"\r\n\r\n"
+
+    def on_body(self, data: bytes) -> None:
+        self._heard = True
+        connection = self._connection
+        whole = connection.complete or (self._sse and connection.at_boundary(data))
+        if self._held or not whole:
+            self._held += data
+            if not whole and len(self._held) < self._hold:
+                return
+            data = bytes(self._held)
+            self._held.clear()
+        self._torn = not whole
+        flaw = self._flaw(data)
+        if flaw is not None:
+            at, what = flaw
+            self._held = bytearray(data[:at])
+            self._lost(what)
+        elif self._begun:
+            self._write(data)
+        else:
+            self._begin(data)
+
+    def _flaw(self, data: bytes) -> tuple[int, str] | None:
+        """Where and why these bytes must not be passed on."""
+        if b'"abort"' in data and (match := _ABORT.search(data)):
+            return match.start(), "cut its answer"
+        if _ERROR_EVENT in data:
+            self._spoiled = True
+        if (self._spoiled or self._status >= 500) and (match := _DEATH.search(data)):
+            return match.start(), "died over its answer"
+        if self._sse and not self._begun and b"data: [DONE]" in data and b"data: {" not in data:
+            return 0, "gave up before it answered"
+        return None
+
+    def _begin(self, data: bytes) -> None:
+        """The first bytes: from here on the request cannot be sent again."""
+        self._begun = True
+        if not self._sse:
+            self._hold = 0
+        self._write(self._head + data)
+
+    def on_end(self) -> None:
+        if self._over:
+            return
+        if not self._begun:
+            self._write(self._head)
+        self._over = True
+        if self._status < 500 and not self._spoiled and not self._client.is_closing():
+            self._lease.served()
+        self._wake()
+
+    def on_lost(self, why: str) -> None:
+        connection = self._connection
+        if connection.used and connection.silent and not self._over:
+            self.stale = self._over = True
+            self._wake()
+        else:
+            self._lost(f"{why} in the middle of an answer" if self._begun else why)
+
+    # ------------------------------------------------------------ the client reads
+
+    def _write(self, data: bytes) -> None:
+        client = self._client
+        if client.is_closing():  # uvloop raises where asyncio only warns
+            return
+        client.write(data)
+        if self._protocol.writing_paused and not self._over:
+            self._full = True
+            self._connection.pause()
+            self._wake()
+
+    async def _until_client_reads(self) -> None:
+        self._turn = self._loop.create_future()
+        async with asyncio.TaskGroup() as group:
+            drained = group.create_task(self._drained(), name="drain client")
+            await asyncio.wait((drained, self._turn), return_when=asyncio.FIRST_COMPLETED)
+            drained.cancel()
+        self._full = False
+        if not self._over:
+            self._idle_s = 0.0
+            self._connection.resume()
+
+    async def _drained(self) -> None:
+        try:
+            await self._request.writer.drain()
+        except ConnectionError:
+            self._over = True  # aiohttp is about to cancel this request
+
+    # ------------------------------------------------------------ ends before the end
+
+    def _on_cut(self, cut: asyncio.Future[Refusal]) -> None:
+        """What has not begun goes back into the queue where waiting again makes sense."""
+        if not cut.cancelled():
+            refusal = cut.result()
+            makes_sense = refusal.reason is Reason.CUT and refusal.retry_after_s is not None
+            self._end(refusal, again=makes_sense)
+
+    def _tick(self) -> None:
+        """Count silence in steps: time spent frozen does not count, whenever it began."""
+        self._timer = self._loop.call_later(self._tick_s, self._tick)
+        if self._heard or (self._lease.frozen and not self._full):
+            self._heard, self._idle_s = False, 0.0
+            return
+        self._idle_s += self._tick_s
+        limits = self._limits
+        if self._full:
+            if self._idle_s >= limits.client_s:
+                self._client.abort()  # which cancels this request
+        elif self._idle_s >= (limits.between_bytes_s if self._head else limits.first_byte_s):
+            self._lost(f"said nothing for {self._idle_s:g} s", again=False)
+
+    def _lost(self, what: str, *, again: bool = True) -> None:
+        self._end(_fault(self._lease, what), again=again)
+
+    def _end(self, refusal: Refusal, *, again: bool) -> None:
+        if self._over:
+            return
+        self._over = True
+        self._connection.discard()
+        self._problem = Broken(refusal, begun=self._begun, again=again and not self._begun)
+        self._wake()
+        if self._begun:
+            self._end_honestly(refusal)
+
+    def _end_honestly(self, refusal: Refusal) -> None:
+        client = self._client
+        if client.is_closing():
+            return
+        if self._sse and not self._torn:
+            self._pass_on_whole_events()
+            event = errors.frame(errors.refused(refusal), self._ask.shape)
+            chunk = b"%x\r\n%s\r\n0\r\n\r\n" % (len(event), event)
+            client.write(chunk if self._chunked else event)
+            if self._chunked and not self._full and self.keep_alive and self._problem is not None:
+                self._problem.kept = True  # a whole message: the next request is welcome
+                return
+        client.close()
+        self._loop.call_later(self._limits.linger_s, client.abort)
+
+    def _pass_on_whole_events(self) -> None:
+        end = b"\n\n\r\n" if self._chunked else b"\n\n"
+        kept = self._held.rfind(end)
+        if kept >= 0:
+            self._client.write(bytes(self._held[: kept + len(end)]))
+
+    def _wake(self) -> None:
+        if not self._turn.done():
+            self._turn.set_result(None)

@@ -1,0 +1,288 @@
+"""Connections to engines: kept open, and parsed just enough to know where an answer ends.
+
+vLLM's server (uvicorn) closes a connection that has been idle for 5 s
+(VLLM_HTTP_TIMEOUT_KEEP_ALIVE), so one that has been idle for longer than `IDLE_S` is not used
+again, and one that turns out to be dead before the first byte is no news about the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, cast
+
+import httptools
+
+Address: TypeAlias = str | tuple[str, int]
+"""The path of a Unix socket, or host and port."""
+
+IDLE_S = 4.0
+CONNECT_S = 5.0
+MAX_HEAD = 64 * 1024
+_IDLE_PER_ENGINE = 64
+_ONE_WRITE = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The head of an answer. `length` is None where the answer is chunked, or says nothing."""
+
+    status: int
+    reason: bytes
+    headers: list[tuple[bytes, bytes]]
+    chunked: bool
+    length: int | None
+
+    def get(self, name: bytes) -> bytes:
+        """The value of a header (lower case); empty if it is not there."""
+        return next((value for key, value in self.headers if key.lower() == name), b"")
+
+
+class Sink(Protocol):
+    """Who gets an answer: `on_head`, `on_body`, ..., and then `on_end` or `on_lost`."""
+
+    def on_head(self, head: Head) -> None: ...
+    def on_body(self, data: bytes) -> None: ...
+    def on_end(self) -> None: ...
+    def on_lost(self, why: str) -> None: ...
+
+
+class Connection(asyncio.Protocol):
+    """One connection to an engine; serves one sink at a time."""
+
+    def __init__(self, pool: Pool, address: Address) -> None:
+        self.address = address
+        self.idle_since = 0.0
+        self.used = False
+        self.silent = True
+        """No byte of the answer has come."""
+        self.complete = False
+        self._pool = pool
+        self._sink: Sink | None = None
+        self._transport: asyncio.Transport | None = None
+        self._parser = httptools.HttpResponseParser(self)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._raw = b""  # the head as far as it has come
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._reason = b""
+        self._headed = self._told = False
+        self._answers = 0
+        self._in_chunk = False
+        self._reusable = False
+
+    # ------------------------------------------------------------ for the relay
+
+    def send(self, sink: Sink, head: bytes, body: bytes) -> None:
+        """Ask; the sink gets what comes back."""
+        self._forget()
+        self.silent, self.complete, self._sink = True, False, sink
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            self._sink = None
+            sink.on_lost("closed the connection")
+        elif len(body) < _ONE_WRITE:
+            transport.write(head + body)
+        else:
+            transport.write(head)
+            transport.write(body)
+
+    def at_boundary(self, data: bytes) -> bool:
+        """Whether `data`, the newest, ends where a chunk of the transfer coding ends."""
+        return not self._in_chunk and data.endswith(b"\n")
+
+    def pause(self) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def leave(self) -> None:
+        """The sink is done: keep the connection if the answer is complete, else close it."""
+        transport, self._sink = self._transport, None
+        if transport is None or transport.is_closing():
+            return
+        if self._reusable and not transport.get_write_buffer_size():
+            self.used = True
+            self.resume()
+            self._pool.keep(self)
+        else:
+            transport.abort()  # vLLM aborts a request whose client is gone
+
+    def discard(self) -> None:
+        """Close, whatever is under way."""
+        self._reusable = False
+        self.leave()
+
+    @property
+    def usable(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    # ------------------------------------------------------------ asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        sink = self._sink
+        if sink is None:
+            self.discard()  # an answer that nobody asked for
+            return
+        self.silent = False
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._break(f"sent what is not HTTP ({error})")
+            return
+        if self._answers > 1:
+            self._break("sent more than one answer")
+            return
+        if not self._told:
+            rest = self._take_head(data, sink)
+            if rest is None:
+                return
+            data = rest
+        self._hand_over(data, sink)
+
+    def _take_head(self, data: bytes, sink: Sink) -> bytes | None:
+        """What follows the head; None if it is not complete, or no good."""
+        self._raw += data
+        end = self._raw.find(b"\r\n\r\n")
+        if (len(self._raw) if end < 0 else end) > MAX_HEAD:
+            self._break("sent a head that is too long")
+            return None
+        if not self._headed:
+            return None
+        if end < 0:
+            self._break("sent a head that ends in bare line feeds")
+            return None
+        rest, self._raw, self._told = self._raw[end + 4 :], b"", True
+        sink.on_head(self._head())
+        return rest
+
+    def _head(self) -> Head:
+        chunked, length = False, None
+        for key, value in self._headers:
+            name = key.lower()
+            if name == b"transfer-encoding":
+                chunked = value.lower() == b"chunked"
+            elif name == b"content-length":
+                length = int(value)
+        status = self._parser.get_status_code()
+        return Head(status, self._reason, self._headers, chunked, length)
+
+    def _hand_over(self, data: bytes, sink: Sink) -> None:
+        if data and self._sink is sink:
+            sink.on_body(data)
+        if self.complete and self._sink is sink:
+            sink.on_end()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._pool.drop(self)
+        self._break("closed the connection" if exc is None else f"is gone ({exc})")
+
+    def _break(self, why: str) -> None:
+        sink, self._sink = self._sink, None
+        self._reusable = False
+        if self._transport is not None:
+            self._transport.abort()
+        if sink is not None:
+            sink.on_lost(why)
+
+    # ------------------------------------------------------------ callbacks of httptools
+
+    def on_message_begin(self) -> None:
+        self._answers += 1
+
+    def on_status(self, status: bytes) -> None:
+        self._reason += status
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        self._headed = True
+
+    def on_chunk_header(self) -> None:
+        self._in_chunk = True
+
+    def on_chunk_complete(self) -> None:
+        self._in_chunk = False
+
+    def on_message_complete(self) -> None:
+        self.complete = True
+        self._reusable = self._parser.should_keep_alive()
+
+
+class Unchunked(Connection):
+    """For clients of HTTP/1.0, who know no transfer coding: the sink gets the bare body."""
+
+    def __init__(self, pool: Pool, address: Address) -> None:
+        self._pieces: list[bytes] = []
+        super().__init__(pool, address)
+
+    def on_body(self, body: bytes) -> None:
+        self._pieces.append(body)
+
+    def at_boundary(self, data: bytes) -> bool:
+        return not self._in_chunk
+
+    def _hand_over(self, data: bytes, sink: Sink) -> None:
+        pieces, self._pieces = b"".join(self._pieces), []
+        self._reusable = False
+        super()._hand_over(pieces, sink)
+
+
+class Pool:
+    """Idle connections, by engine. One for the life of the daemon."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._idle: dict[Address, list[Connection]] = {}
+
+    def take(self, address: Address) -> Connection | None:
+        """The connection that was used last, if it is fresh enough."""
+        idle = self._idle.get(address)
+        oldest = self.loop.time() - IDLE_S
+        while idle:
+            connection = idle.pop()
+            if connection.usable and connection.idle_since >= oldest:
+                return connection
+            connection.discard()
+        return None
+
+    async def connect(self, address: Address, *, unchunked: bool = False) -> Connection:
+        """A new connection. Raises: OSError, TimeoutError."""
+        kind = Unchunked if unchunked else Connection
+        async with asyncio.timeout(CONNECT_S):
+            if isinstance(address, str):
+                _, connection = await self.loop.create_unix_connection(
+                    lambda: kind(self, address), address
+                )
+            else:
+                _, connection = await self.loop.create_connection(
+                    lambda: kind(self, address), *address
+                )
+        return connection
+
+    def keep(self, connection: Connection) -> None:
+        idle = self._idle.setdefault(connection.address, [])
+        connection.idle_since = self.loop.time()
+        idle.append(connection)
+        if len(idle) > _IDLE_PER_ENGINE:
+            idle.pop(0).discard()
+
+    def drop(self, connection: Connection) -> None:
+        idle = self._idle.get(connection.address, [])
+        if connection in idle:
+            idle.remove(connection)
+        if not idle:
+            self._idle.pop(connection.address, None)
+
+    def close(self) -> None:
+        for connection in [each for idle in self._idle.values() for each in idle]:
+            connection.discard()
