@@ -1,0 +1,1 @@
+"""`homegptctl`, a thin client of the control socket."""
