@@ -1,0 +1,83 @@
+"""Images and weights, fetched before an engine starts: engines themselves have no network."""
+
+import subprocess
+from pathlib import Path
+
+from homegptd.config.schema import Config, EngineConfig, ModelConfig
+
+from .commands import HostFault, must, run
+from .places import HF_CACHE, Places
+from .weights import complete, is_local, revision
+
+_FETCH = """\
+import sys
+from huggingface_hub import HfApi, snapshot_download
+repo, revision = sys.argv[1], sys.argv[2] or None
+names = HfApi().list_repo_files(repo, revision=revision)
+skip = ["original/*", "*.onnx", "*.h5", "*.msgpack", "*.gguf"]
+if any(name.endswith(".safetensors") for name in names):
+    skip += ["*.bin", "*.pt", "*.pth"]
+snapshot_download(repo, revision=revision, ignore_patterns=skip)
+"""
+"""Runs in the engine's own image, which has huggingface_hub and its fast ways to download."""
+
+
+def lacks_image(image: str) -> bool:
+    """Raises: HostFault if podman is not there."""
+    done = run("podman", "image", "exists", image)
+    if done.code not in (0, 1):
+        raise HostFault(f"podman cannot say whether {image} is here: {done.why}")
+    return done.code == 1
+
+
+def lacks_weights(engine: EngineConfig, places: Places) -> bool:
+    if engine.model is None or is_local(engine.model) or engine.network:
+        return False
+    return not complete(places.hf_cache, engine.model, revision(engine.args))
+
+
+def pull(model: ModelConfig, config: Config, places: Places) -> list[str]:
+    """Fetch what is missing, with podman's and the hub's own progress on the terminal.
+
+    Returns what was fetched. Raises: HostFault.
+    """
+    engine = model.engine
+    if engine is None:
+        return []
+    fetched: list[str] = []
+    if lacks_image(engine.image):
+        _shown("podman", "pull", engine.image, doing=f"pull {engine.image}")
+        fetched.append(engine.image)
+    if lacks_weights(engine, places):
+        _fetch(model, engine, config, places)
+        fetched.append(engine.model or "")
+    return fetched
+
+
+def _fetch(model: ModelConfig, engine: EngineConfig, config: Config, places: Places) -> None:
+    Path(places.hf_cache).mkdir(parents=True, exist_ok=True)
+    token = config.secrets.hf_token
+    secret = [f"--secret={token},type=env,target=HF_TOKEN"] if token else []
+    _shown(
+        *("podman", "run", "--rm", "--replace", f"--name=homegpt-pull-{model.id}"),
+        *("--pull=never", "--cap-drop=all", "--security-opt=no-new-privileges"),
+        *("--security-opt=label=disable", "--env=HF_HUB_DISABLE_TELEMETRY=1", *secret),
+        *(f"--volume={HF_CACHE}:/root/.cache/huggingface", "--entrypoint=python3", engine.image),
+        *("-c", _FETCH, engine.model or "", revision(engine.args) or ""),
+        doing=f"fetch the weights of {engine.model}",
+    )
+
+
+def _shown(*argv: str, doing: str) -> None:
+    """Run with the terminal as it is. Raises: HostFault."""
+    try:
+        code = subprocess.run(argv, check=False).returncode
+    except OSError as error:
+        raise HostFault(f"cannot {doing}: {argv[0]}: {error.strerror}") from error
+    if code:
+        raise HostFault(f"cannot {doing}: {argv[0]} exited with {code}, see above")
+
+
+def has_secret(name: str) -> bool:
+    listed = must("podman", "secret", "ls", "--format", "{{.Name}}", doing="list podman's secrets")
+    return name in listed.split()

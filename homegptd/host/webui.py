@@ -1,0 +1,88 @@
+"""The unit of Open WebUI, told to be quiet: one connection, no calls outside, no extra requests.
+
+Each of its helpers (titles apart) is a further request to the chat's model, which may be asleep by
+then; tags and follow-ups are therefore off. What it keeps lies on a volume.
+"""
+
+import json
+
+from homegptd.config.schema import CONTAINER_GATEWAY, Config
+
+from .quote import expanded, word
+
+NAME = "homegpt.internal"
+"""How the box is called inside; an address of the bridge, where homegptd listens too."""
+SECRET = "homegpt-webui"  # noqa: S105 - the name of a Podman secret
+_CONNECTION = {
+    "0": {
+        "enable": True,
+        "provider": "llama.cpp",
+        "connection_type": "local",
+        "headers": {"X-HomeGPT-Client": "open-webui"},
+    }
+}
+
+
+def webui(config: Config) -> str:
+    port = config.webui.port
+    env = "\n".join(f"Environment={word(f'{k}={v}')}" for k, v in _environment(config).items())
+    return f"""\
+[Unit]
+Description=homeGPT: Open WebUI
+Documentation=https://docs.openwebui.com
+# homegpt.service is up once the models are; it must not wait for this one
+After=homegpt.service
+
+[Container]
+Image={expanded(config.webui.image)}
+ContainerName=open-webui
+Network=homegpt.network
+PodmanArgs=--add-host={NAME}:{CONTAINER_GATEWAY}
+PublishPort=127.0.0.1:{port}:8080
+Volume=open-webui:/app/backend/data
+{env}
+Secret={SECRET},type=env,target=WEBUI_SECRET_KEY
+DropCapability=all
+NoNewPrivileges=true
+RunInit=true
+LogDriver=journald
+
+[Service]
+Slice=homegpt.slice
+# signs the sessions: a new one at each start would log everybody out
+ExecStartPre=/bin/sh -c "podman secret inspect {SECRET} >/dev/null 2>&1 || \\
+    head -c 32 /dev/urandom | base64 -w0 | podman secret create {SECRET} - >/dev/null"
+Restart=on-failure
+RestartSec=5
+# the first start fetches the image
+TimeoutStartSec=60min
+TimeoutStopSec=30
+
+[Install]
+WantedBy=homegpt.service
+"""
+
+
+def _environment(config: Config) -> dict[str, str]:
+    port = config.http.listen[0].rpartition(":")[2]
+    return {
+        "OPENAI_API_BASE_URLS": f"http://{NAME}:{port}/v1",
+        "OPENAI_API_KEYS": "homegpt",  # must not be empty; the daemon asks for none here
+        "OPENAI_API_CONFIGS": json.dumps(_CONNECTION, separators=(",", ":")),
+        "ENABLE_OLLAMA_API": "false",
+        "ENABLE_PERSISTENT_CONFIG": "false",  # this file is the truth, not the database
+        "ENABLE_TAGS_GENERATION": "false",
+        "ENABLE_FOLLOW_UP_GENERATION": "false",
+        "ENABLE_AUTOCOMPLETE_GENERATION": "false",
+        "AIOHTTP_CLIENT_TIMEOUT_MODEL_LIST": "3",
+        "RAG_EMBEDDING_ENGINE": "openai",
+        "BYPASS_EMBEDDING_AND_RETRIEVAL": "true",
+        "OFFLINE_MODE": "true",
+        "HF_HUB_OFFLINE": "1",
+        "ENABLE_VERSION_UPDATE_CHECK": "false",
+        "ENABLE_COMMUNITY_SHARING": "false",
+        "ANONYMIZED_TELEMETRY": "false",
+        "DO_NOT_TRACK": "true",
+        "SCARF_NO_ANALYTICS": "true",
+        "CORS_ALLOW_ORIGIN": f"http://localhost:{config.webui.port}",
+    }
