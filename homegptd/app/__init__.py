@@ -1,0 +1,1 @@
+"""Builds everything and owns the process: arguments, wiring, signals, exit codes, the demo."""

@@ -1,0 +1,308 @@
+"""One life of the daemon: wire everything, observe, serve, and leave in good order."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import (
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
+from dataclasses import dataclass
+from pathlib import Path
+
+from homegptd.adapters.notify import Notifier, watchdog_interval_s
+from homegptd.adapters.sockets import parse_listen, spelled
+from homegptd.adapters.store import Store
+from homegptd.config.parse import ConfigError, load
+from homegptd.config.schema import CONTAINER_GATEWAY, Config
+from homegptd.core.events import ConfigChanged, ShutdownAsked
+from homegptd.core.model import ModelId
+from homegptd.core.refusals import Fault
+from homegptd.core.story import Line, summary
+from homegptd.faces import http
+from homegptd.faces.control import ControlServer
+from homegptd.faces.desk import Desk
+from homegptd.faces.methods import Refused
+from homegptd.faces.upstream import Address
+from homegptd.runtime.bootstrap import observe
+from homegptd.runtime.heartbeat import Heartbeat
+from homegptd.runtime.orders import Orders, first
+from homegptd.runtime.scheduler import Scheduler
+from homegptd.wire.control import LogsView
+from homegptd.wire.paths import socket_to_ask
+
+from .backend import choose
+from .doors import CannotServe, Doors, open_doors
+from .parts import address, clients, difference, first_state, only_one, router_settings
+from .setup import Places, set_up
+
+log = logging.getLogger(__name__)
+
+CUT_S = 1.0
+"""How long answers that were cut at the stop may take to tell their clients so, in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line decided."""
+
+    config: Path
+    socket: str
+    state_dir: Path
+    listen: tuple[str, ...]
+    may_leave_engines: bool = True
+    """Whether a defect leaves the engines running, for the next daemon to adopt."""
+    stop_s: float = 20.0
+    """How long running answers may take to end at a stop."""
+
+    @property
+    def places(self) -> Places:
+        at = Path(self.socket)
+        sockets = at.parent / "engines" if at.name == "control.sock" else Path(f"{at}.engines")
+        return Places(sockets=sockets, logs=self.state_dir / "logs")
+
+
+class Daemon:
+    """Everything of one life. `serve` returns when it was asked to stop."""
+
+    def __init__(self, config: Config, options: Options) -> None:
+        self.options = options
+        self.setup = set_up(config, options.places)
+        self.loop = asyncio.get_running_loop()
+        self.store = Store(options.state_dir / "state.sqlite")
+        self.backend = choose(config, self.setup, options.places, options.state_dir)
+        self.engines = clients(self.setup)
+        self.orders = Orders(
+            self.backend.units, self.engines, self.store, start_limit_s=self._start_limit_s
+        )
+        self.scheduler = Scheduler(
+            first_state(self.setup, self.store), self.orders, max_wait_s=config.router.max_wait_s
+        )
+        self.orders.connect(self.scheduler.post, lambda: self.scheduler.state)
+        self.desk = Desk(
+            self.scheduler,
+            self.setup.names,
+            kinds=self.setup.kinds,
+            logs=self._logs,
+            reload=self._reload,
+        )
+        self.notifier = Notifier()
+        self.stop_asked = asyncio.Event()
+        self._on_ready: Callable[[], None] | None = None
+        self._patience: asyncio.Timeout | None = None
+
+    async def serve(self) -> None:
+        """From the first socket to the last engine.
+
+        Raises: CannotServe; Fault if an engine could not be ended; ExceptionGroup of a defect, and
+        then the engines are left running.
+        """
+        with ExitStack() as stack:
+            stack.callback(self.notifier.close)
+            stack.callback(self.store.close)
+            stack.enter_context(only_one(self.options.state_dir))
+            doors = stack.enter_context(
+                open_doors(
+                    self.options.socket,
+                    (*self.options.listen, *self._listen_for_containers()),
+                    self.setup.doors,
+                    group=self.setup.config.control.group,
+                    keeper=self.notifier if self.backend.keeps_sockets else None,
+                )
+            )
+            stack.enter_context(self._signals())
+            try:
+                await self._live(doors)
+            except BaseException:
+                if not self.options.may_leave_engines:
+                    await self.backend.leave()
+                raise
+            await self.backend.leave()
+
+    def _listen_for_containers(self) -> tuple[str, ...]:
+        """Open WebUI in its container knows the box by the gateway of its bridge alone."""
+        host, port = parse_listen(self.options.listen[0], 9000)
+        if not (self.setup.config.webui.enabled and self.backend.keeps_sockets):
+            return ()
+        at = f"{CONTAINER_GATEWAY}:{port}"
+        everywhere = host in {"", "::", "0.0.0.0"}  # noqa: S104 - only compared
+        return () if everywhere or at in self.options.listen else (at,)
+
+    async def _live(self, doors: Doors) -> None:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self.scheduler.running())
+            stack.enter_context(self.desk.open())
+            stack.enter_context(self.scheduler.watched(self._tell))
+            await stack.enter_async_context(self._heart())
+            control = self._control(ControlServer(self.desk), doors.control)
+            await stack.enter_async_context(control)
+            await stack.enter_async_context(self._http(doors))
+            await first(self._begin(), self.stop_asked.wait())
+            await self.stop_asked.wait()
+            self.notifier.stopping("stopping")
+            log.info("stopping: no new requests, running answers end")
+            await self._last_answers()
+
+    async def _begin(self) -> None:
+        try:
+            found = await observe(self.backend.units, self.engines, self.orders.identify)
+        except Fault as fault:
+            raise CannotServe(fault.message, fault.hint) from fault
+        self.scheduler.post(found)
+
+    async def _last_answers(self) -> None:
+        self.scheduler.post(ShutdownAsked())
+        try:
+            async with asyncio.timeout(self.options.stop_s) as self._patience:
+                await self.scheduler.idle()
+        except TimeoutError:
+            left = self.scheduler.cut_all("homeGPT is stopping")
+            log.warning("%d answers are cut: they did not end in time", left)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CUT_S):
+                    await self.scheduler.idle()
+
+    # ------------------------------------------------------------ for the demo
+
+    def when_ready(self, call: Callable[[], None]) -> None:
+        """Call once, when the bootstrap is over."""
+        self._on_ready = call
+
+    @property
+    def address(self) -> str:
+        """Where HTTP is served, as a URL's host and port."""
+        host, port = parse_listen(self.options.listen[0], 9000)
+        return spelled(host or "127.0.0.1", port)
+
+    @property
+    def default_socket(self) -> bool:
+        """Whether callers find the control socket without being told."""
+        return self.options.socket == socket_to_ask()
+
+    @property
+    def _stops(self) -> bool:
+        return self.stop_asked.is_set()
+
+    def _tell(self, lines: tuple[Line, ...]) -> None:
+        if self._on_ready is not None and self.scheduler.state.booted and not self._stops:
+            call, self._on_ready = self._on_ready, None
+            call()
+
+    # ------------------------------------------------------------ parts
+
+    @asynccontextmanager
+    async def _control(self, server: ControlServer, sock: socket.socket) -> AsyncIterator[None]:
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(server.serve(sock), name="control socket")
+            yield
+            task.cancel()
+
+    @asynccontextmanager
+    async def _http(self, doors: Doors) -> AsyncIterator[None]:
+        settings = router_settings(self.setup.config)
+        async with AsyncExitStack() as stack:
+            door = http.build(
+                scheduler=self.scheduler,
+                desk=self.desk,
+                addresses=self._engine_address,
+                settings=settings,
+            )
+            await _serve(stack, door, doors.http)
+            for model, sockets in doors.models.items():
+                door = http.build_model_door(
+                    model,
+                    scheduler=self.scheduler,
+                    desk=self.desk,
+                    addresses=self._engine_address,
+                    settings=settings,
+                )
+                await _serve(stack, door, sockets)
+            yield
+
+    def _engine_address(self, model: ModelId) -> Address:
+        return address(self.setup.addresses[model])
+
+    @asynccontextmanager
+    async def _heart(self) -> AsyncIterator[None]:
+        heart = Heartbeat(self.notifier, lambda: self.scheduler.state, summary)
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(heart.beat(watchdog_interval_s(os.environ)), name="heartbeat")
+            with self.scheduler.watched(heart.tell):
+                yield
+            task.cancel()
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT stop, a second one at once; SIGHUP reloads."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.loop.add_signal_handler(number, self._asked_to_stop)
+        self.loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                self.loop.remove_signal_handler(number)
+
+    def _asked_to_stop(self) -> None:
+        if self._patience is not None and not self._patience.expired():
+            self._patience.reschedule(self.loop.time())
+        self.stop_asked.set()
+
+    def _hang_up(self) -> None:
+        try:
+            self.reload()
+        except ConfigError as error:
+            log.error("nothing reloaded: %s", "; ".join(str(p) for p in error.problems))  # noqa: TRY400
+
+    # ------------------------------------------------------------ reload
+
+    async def _reload(self) -> str:
+        try:
+            return self.reload()
+        except ConfigError as error:
+            lines = "\n".join(str(problem) for problem in error.problems)
+            raise Refused("bad-config", f"nothing was reloaded:\n{lines}") from error
+
+    def reload(self) -> str:
+        """Parse first, refuse a bad file whole; then apply the difference. Raises: ConfigError."""
+        booted = self.scheduler.state.booted
+        if booted:
+            self.notifier.reloading()
+        try:
+            config = load(self.options.config)
+            before, after = self.setup, set_up(config, self.options.places)
+            self.setup = after
+            self.backend.replace(after)
+            self.engines.update(clients(after, self.engines, before))
+            self.desk.names, self.desk.kinds = after.names, after.kinds
+            self.scheduler.post(
+                ConfigChanged(after.specs, after.policy, after.gpus, after.host_mib)
+            )
+        finally:
+            if booted:
+                self.notifier.ready(summary(self.scheduler.state))
+        text = difference(before, after)
+        log.info("configuration reloaded: %s", text)
+        return text
+
+    # ------------------------------------------------------------ small answers
+
+    def _start_limit_s(self, model: ModelId) -> float:
+        found = self.setup.config.model(model)
+        return found.start_limit_s if found else 600.0
+
+    async def _logs(self, model: ModelId, lines: int) -> LogsView:
+        found = list(await self.backend.units.log_tail(model, lines))
+        return {"lines": found, "follow": self.backend.follow(model)}
+
+
+async def _serve(stack: AsyncExitStack, door: http.Door, sockets: Sequence[socket.socket]) -> None:
+    stack.callback(door.close)
+    runner = await http.serve(door, sockets, shutdown_s=1.0)
+    stack.push_async_callback(runner.cleanup)

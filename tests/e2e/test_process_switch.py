@@ -1,0 +1,165 @@
+"""Switches under load, through the real daemon and simulated engines over real sockets."""
+
+import asyncio
+import os
+import signal
+from typing import Any
+
+import aiohttp
+import pytest
+
+from .client import answer, call, chat, client, ctl, pid_of, requests_of, streamed, until_running
+from .harness import Box, SimModel, free_port
+
+pytestmark = pytest.mark.e2e
+
+FAST = ("--sim-tokens-per-s", "2")  # simulated seconds pass faster
+
+
+def two(box: Box, *, flags: tuple[str, ...] = FAST, router: str = "drain_s: 0.3") -> None:
+    box.write(
+        SimModel("a", "active", flags=flags),
+        SimModel("b", flags=flags),
+        head=f"router: {{{router}}}\n",
+    )
+
+
+async def test_a_client_just_names_a_model(box: Box) -> None:
+    two(box)
+    with box.daemon() as daemon:
+        daemon.ready()
+        async with client(box) as session:
+            assert (await answer(session, "a")).startswith("This is a")
+            assert (await answer(session, "b")).startswith("This is b")
+            texts = await asyncio.gather(*(answer(session, name) for name in "abababab"))
+            assert [text[8] for text in texts] == list("abababab")
+
+
+async def test_an_answer_outlives_the_drain_and_is_waited_for(box: Box) -> None:
+    two(box, router="drain_s: 0.1, on_deadline: wait")
+    with box.daemon() as daemon:
+        daemon.ready()
+        async with client(box) as session, asyncio.TaskGroup() as group:
+            alone = await streamed(session, "a", 400)
+            begun = asyncio.Event()
+            long = group.create_task(streamed(session, "a", 400, begun))
+            await begun.wait()
+            switch = group.create_task(call(box, "switch", model="b"))
+        assert long.result() == alone
+        assert switch.result()["state"] == "done"
+        assert "frozen" not in box.log()
+
+
+async def test_an_answer_outlives_the_drain_frozen_and_goes_on(box: Box) -> None:
+    two(box, router="drain_s: 0.1, on_deadline: auto")
+    with box.daemon() as daemon:
+        daemon.ready()
+        assert await ctl(box, "prove", "a") == 0
+        async with client(box) as session, asyncio.TaskGroup() as group:
+            alone = await streamed(session, "a", 1500)
+            begun = asyncio.Event()
+            long = group.create_task(streamed(session, "a", 1500, begun))
+            await begun.wait()
+            assert (await call(box, "switch", model="b"))["state"] == "done"
+            assert (await requests_of(box, "a"))["frozen"] == 1
+            assert (await answer(session, "b")).startswith("This is b")
+        assert long.result() == alone
+
+
+async def test_now_cuts_and_says_so(box: Box) -> None:
+    two(box)
+    with box.daemon() as daemon:
+        daemon.ready()
+        async with client(box) as session:
+            body = chat("a", tokens=4000, stream=True)
+            async with session.post("/v1/chat/completions", json=body) as response:
+                await response.content.readline()
+                assert await ctl(box, "switch", "b", "--now") == 0
+                rest = await response.content.read()
+            assert b'"error"' in rest
+            assert b"[DONE]" not in rest
+
+
+async def test_a_request_survives_the_death_of_its_engine(box: Box) -> None:
+    two(box)
+    with box.daemon() as daemon:
+        daemon.ready()
+        os.kill(pid_of(box, "a"), signal.SIGSTOP)
+        async with client(box) as session, asyncio.TaskGroup() as group:
+            asked = group.create_task(answer(session, "a"))
+            await until_running(box)
+            os.kill(pid_of(box, "a"), signal.SIGKILL)
+        assert asked.result().startswith("This is a")
+        assert "a is starting (try 2)" in box.log()
+
+
+async def test_a_client_that_leaves_the_queue_wakes_nobody(box: Box) -> None:
+    two(box, router="drain_s: 30, patience_s: 0.2, min_residency_s: 0")
+    with box.daemon() as daemon:
+        daemon.ready()
+        async with client(box) as session, asyncio.TaskGroup() as group:
+            begun = asyncio.Event()
+            long = group.create_task(streamed(session, "a", 1200, begun))
+            await begun.wait()
+            waiting = group.create_task(answer(session, "b"))
+            await asyncio.to_thread(daemon.status_line, "draining")
+            waiting.cancel()
+            await long
+        assert box.model("a")["phase"] == "awake"
+        assert "b is waking" not in box.log()
+
+
+async def test_the_stop_waits_for_running_answers_and_turns_away_new_ones(box: Box) -> None:
+    two(box)
+    with box.daemon() as daemon:
+        daemon.ready()
+        async with client(box) as session, asyncio.TaskGroup() as group:
+            begun = asyncio.Event()
+            long = group.create_task(streamed(session, "a", 800, begun))
+            await begun.wait()
+            daemon.process.terminate()
+            await asyncio.to_thread(daemon.status_line, "STOPPING=1")
+            async with session.post("/v1/chat/completions", json=chat("b")) as refused:
+                assert refused.status == 503
+                assert "Retry-After" in refused.headers
+            assert len(await long) > 800
+        assert daemon.process.wait(20) == 0
+
+
+async def test_http_switch_and_its_refusals(box: Box) -> None:
+    box.write(SimModel("a", "active"), SimModel("b"), SimModel("c", "disabled"))
+    with box.daemon() as daemon:
+        daemon.ready()
+        async with client(box) as session:
+
+            async def switch(body: object, query: str = "") -> tuple[int, Any]:
+                async with session.post(f"/switch{query}", json=body) as response:
+                    return response.status, await response.json()
+
+            assert (await switch({"model_id": "b"}))[0] == 200
+            assert box.model("b")["status"] == "active"
+            assert (await switch({"model_id": "nobody"}))[0] == 404
+            assert (await switch({"model": "b"}))[0] in (400, 422)
+            assert (await switch({"model_id": "c"}))[0] == 200
+            status, view = await switch({"model_id": "a"}, "?wait=false")
+            assert (status, view["state"]) == (202, "running")
+            async with session.get("/models") as response:
+                assert {m["id"] for m in await response.json()} == {"a", "b", "c"}
+
+
+async def test_a_model_has_a_door_of_its_own(box: Box) -> None:
+    port = free_port()
+    b = SimModel("b", extra=f"    host_port: {port}\n    aliases: [bee]\n")
+    box.write(SimModel("a", "active"), b)
+    with box.daemon() as daemon:
+        daemon.ready()
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+            async with session.get("/v1/models") as response:
+                assert [m["id"] for m in (await response.json())["data"]] == ["b"]
+            nameless = {k: v for k, v in chat("b").items() if k != "model"}
+            async with session.post("/v1/chat/completions", json=nameless) as response:
+                assert (await response.json())["model"] == "b"
+            async with session.post("/v1/chat/completions", json=chat("a")) as response:
+                assert response.status == 404
+            async with session.post("/switch", json={"model_id": "a"}) as response:
+                assert response.status == 404
