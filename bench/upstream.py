@@ -1,0 +1,128 @@
+"""An engine without a model, for measuring routers: it answers at once and streams on time.
+
+`python -m bench.upstream SOCKET`. It knows what the daemon asks of a vLLM server. A chat that
+streams gets `max_tokens` events of 240 bytes, 50 a second, one HTTP chunk each as uvicorn sends
+them; each carries the instant at which it was sent (`time.monotonic_ns`, one clock for all
+processes of a machine).
+"""
+
+import asyncio
+import json
+import random
+import re
+import signal
+import sys
+from time import monotonic_ns
+
+import uvloop
+
+EVENTS_PER_S = 50
+EVENT_BYTES = 240
+LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+_STREAM = re.compile(rb'"stream": ?true')
+_COUNT = re.compile(rb'"max_tokens": ?(\d+)')
+_STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+    b"transfer-encoding: chunked\r\n\r\n"
+)
+_TOKEN = {"index": 0, "delta": {"content": "token"}, "finish_reason": None}
+_EVENT = {
+    "id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "a",
+    "choices": [_TOKEN],
+}  # fmt: skip
+_START = b"data: " + json.dumps(_EVENT, separators=(",", ":")).encode()[:-1] + b',"t":'
+_TEXT = {
+    "id": "1", "object": "chat.completion", "created": 1, "model": "a",
+    "choices": [{
+        "index": 0, "text": " blue", "message": {"role": "assistant", "content": "x" * 200},
+        "finish_reason": "stop",
+    }],
+}  # fmt: skip
+
+
+def frame() -> bytes:
+    """One event as one chunk."""
+    event = (_START + b"%d" % monotonic_ns()).ljust(EVENT_BYTES - 3) + b"}\n\n"
+    return b"%x\r\n%s\r\n" % (len(event), event)
+
+
+class Engine:
+    """What the control calls remember."""
+
+    def __init__(self) -> None:
+        self.asleep = False
+
+    def answer(self, path: bytes) -> object:
+        match path:
+            case b"/version":
+                return {"version": "0.32.0"}
+            case b"/v1/models":
+                return {"object": "list", "data": [{"id": "a", "max_model_len": 32768}]}
+            case b"/is_sleeping":
+                return {"is_sleeping": self.asleep}
+            case b"/sleep" | b"/wake_up":
+                self.asleep = path == b"/sleep"
+                return {"status": "sleeping" if self.asleep else "awake"}
+            case _:
+                return _TEXT
+
+
+class Connection(asyncio.Protocol):
+    """One client of the engine; one request at a time."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._buffer = b""
+        self._left = 0
+        self._due = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        head, end, rest = self._buffer.partition(b"\r\n\r\n")
+        found = LENGTH.search(head)
+        length = int(found[1]) if found else 0
+        if not end or len(rest) < length:
+            return
+        self._buffer = rest[length:]
+        path = head.split(b" ", 2)[1].partition(b"?")[0]
+        if path.startswith(b"/v1/chat") and _STREAM.search(rest):
+            self._begin(int(_COUNT.search(rest)[1]))
+        else:
+            body = json.dumps(self._engine.answer(path)).encode()
+            head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
+            self._transport.write(head + b"content-length: %d\r\n\r\n%s" % (len(body), body))
+
+    def _begin(self, count: int) -> None:
+        self._left = count
+        self._transport.write(_STREAM_HEAD)
+        self._due = self._loop.time() + random.random() / EVENTS_PER_S
+        self._loop.call_at(self._due, self._tick)
+
+    def _tick(self) -> None:
+        if self._transport.is_closing():
+            return
+        self._left -= 1
+        if self._left:
+            self._transport.write(frame())
+            self._due += 1 / EVENTS_PER_S
+            self._loop.call_at(self._due, self._tick)
+        else:
+            self._transport.write(frame() + b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+async def serve(path: str) -> None:
+    loop, engine, stop = asyncio.get_running_loop(), Engine(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    server = await loop.create_unix_server(lambda: Connection(engine), path, backlog=4096)
+    async with server:
+        await stop.wait()
+
+
+if __name__ == "__main__":
+    with asyncio.Runner(loop_factory=uvloop.Loop) as runner:
+        runner.run(serve(sys.argv[1]))
