@@ -15,13 +15,14 @@ from homegptd.config import schema as settings
 from homegptd.config.parse import ConfigError, parse
 from homegptd.ctl.verbs import VERBS
 from homegptd.faces.methods import METHODS
-from homegptd.faces.router import ROUTES
+from homegptd.faces.routes import ROUTES, Where
 from homegptd.wire import codes, schema
 
 ROOT = Path(homegptd.__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted((DOCS / "man").iterdir())
 
+_WHERE = {Where.BODY: "body", Where.FORM: "form", Where.STORED: "id", Where.SESSION: "session"}
 _DERIVED = {"start_limit_s", "estimated"}
 _SECTIONS: dict[str, Any] = {
     "gpus[]": settings.GpuConfig,
@@ -154,8 +155,17 @@ def test_the_control_socket_is_documented_method_by_method() -> None:
 
 def test_the_http_api_is_documented_path_by_path_and_code_by_code() -> None:
     text = (DOCS / "http.md").read_text()
-    assert re.findall(r"^\| `POST (\S+)` \| (\w+) \|$", text, re.MULTILINE) == [
-        (route.path, route.shape.value) for route in ROUTES
+    row = r"^\| `(\w+) (\S+)` \| (\w+) \| (\w+) \| (yes)? ?\| (yes|no) \|$"
+    assert re.findall(row, text, re.MULTILINE) == [
+        (
+            route.method,
+            route.path,
+            _WHERE[route.where],
+            route.shape.value,
+            "yes" if route.streams else "",
+            "yes" if route.wakes else "no",
+        )
+        for route in ROUTES
     ]
     told = re.findall(r"^\| `(\w+)` \| (\d+) \| `(\w+)` \| .+ \|$", text, re.MULTILINE)
     assert told == [

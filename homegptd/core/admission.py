@@ -33,6 +33,8 @@ def turn_away(d: Draft) -> None:
 
 def _refuse(d: Draft, name: ModelId) -> None:
     text = f'model "{name}" is not awake and this request may not switch to it'
+    if not d.engines[name].spec.auto_switch:
+        text = f'model "{name}" is not awake and only an operator switches to it (auto_switch)'
     refusal = Refusal(Reason.BUSY, text, f"homegptctl switch {name}")
     d.refuse_waiting(lambda ticket: ticket.model == name, refusal)
 

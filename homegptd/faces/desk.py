@@ -12,13 +12,14 @@ from contextlib import contextmanager
 
 from homegptd import __version__
 from homegptd.core import plans
-from homegptd.core.model import Act, ModelId, OperationId, SleepLevel
+from homegptd.core.model import Act, Awake, ModelId, OperationId, SleepLevel
 from homegptd.core.refusals import Reason
 from homegptd.core.story import Line, summary
 from homegptd.runtime.scheduler import Scheduler
 from homegptd.wire import control as wire
 
 from . import views
+from .adjust import Adjustment
 from .methods import Caller, Refused
 from .progress import Progress, foresee
 
@@ -49,6 +50,7 @@ class Desk:
         self._scheduler = scheduler
         self.names = names
         self.kinds = kinds or {}
+        self.adjustments: Mapping[ModelId, Adjustment] = {}
         self._logs = logs
         self._reload = reload
         self._operations: OrderedDict[int, Progress] = OrderedDict()
@@ -72,6 +74,12 @@ class Desk:
 
     def default(self) -> ModelId | None:
         return self._scheduler.state.policy.default
+
+    def awake(self) -> list[ModelId]:
+        """The models that serve at once, the one used last first."""
+        engines = self._scheduler.state.engines
+        up = [name for name, engine in engines.items() if isinstance(engine.phase, Awake)]
+        return sorted(up, key=lambda name: engines[name].last_used, reverse=True)
 
     def models(self) -> list[wire.ModelView]:
         return views.models_view(self._scheduler.state, self.names, self._wall)

@@ -25,8 +25,10 @@ from .errors import Denied, Problem
 from .guard import Guard
 from .management import Management
 from .models import Models
-from .router import ROUTES, Route, Router, Settings
+from .router import Router, Settings
+from .routes import ROUTES, Route, Where
 from .server import Server
+from .stored import Stored
 from .upstream import Address
 
 log = logging.getLogger(__name__)
@@ -93,7 +95,7 @@ class Door:
         method = request.method
         handler = entry.handlers.get("GET" if method == "HEAD" else method)
         if handler is None:
-            raise Denied(_wrong_method(method, entry))
+            raise Denied(_wrong_method(method, entry.handlers))
         if entry.access is Access.LOOK:
             self.guard.may_look(request)
         elif entry.access is Access.MANAGE:
@@ -111,11 +113,15 @@ class Door:
             if entry is not None and path[end:]:
                 return entry, unquote(path[end:])
             end = path.find("/", end) + 1
-        raise Denied(Problem(404, "not_found", f"there is no {path[:200]}"))
+        raise Denied(_not_there(path))
 
 
-def _wrong_method(method: str, entry: Path) -> Problem:
-    allowed = ", ".join(entry.handlers)
+def _not_there(path: str) -> Problem:
+    return Problem(404, "not_found", f"there is no {path[:200]}")
+
+
+def _wrong_method(method: str, known: Iterable[str]) -> Problem:
+    allowed = ", ".join(known)
     text = f"the method {method[:20]} means nothing here, only {allowed}"
     return Problem(405, "method_not_allowed", text, headers={"Allow": allowed})
 
@@ -127,10 +133,12 @@ def build(
     addresses: Callable[[ModelId], Address],
     settings: Settings | None = None,
     guard: Guard | None = None,
+    stored: Stored | None = None,
 ) -> Door:
     """The door with everything that the daemon answers by itself."""
     models = Models(desk)
-    router = Router(scheduler, models, addresses=addresses, settings=settings or Settings())
+    settings = settings or Settings()
+    router = Router(scheduler, models, addresses=addresses, settings=settings, stored=stored)
     management = Management(scheduler, desk, models)
     door = _open_door(router, management, guard)
     look, manage = Access.LOOK, Access.MANAGE
@@ -148,13 +156,15 @@ def build_model_door(
     addresses: Callable[[ModelId], Address],
     settings: Settings | None = None,
     guard: Guard | None = None,
+    stored: Stored | None = None,
 ) -> Door:
     """A door to one model, through the same router: asleep, it is woken instead of crashed.
 
     The original's per-model ports; nothing can be managed here.
     """
     models = Models(desk, only=model)
-    router = Router(scheduler, models, addresses=addresses, settings=settings or Settings())
+    settings = settings or Settings()
+    router = Router(scheduler, models, addresses=addresses, settings=settings, stored=stored)
     return _open_door(router, Management(scheduler, desk, models), guard)
 
 
@@ -165,15 +175,36 @@ def _open_door(router: Router, management: Management, guard: Guard | None) -> D
     door.add("/v1/models", Path({"GET": management.listed}))
     door.add("/v1/models/", Path({"GET": management.entry}))
     for route in ROUTES:
-        door.add(route.path, Path({"POST": _to_model(router, route)}))
+        if route.where is not Where.STORED:
+            door.add(route.path, Path({route.method: _to_model(router, route)}))
+    stored = [route for route in ROUTES if route.where is Where.STORED]
+    door.add("/v1/responses/", Path(_to_stored(router, stored)))
     return door
 
 
 def _to_model(router: Router, route: Route) -> Handler:
     async def handler(request: web.BaseRequest, rest: str) -> web.StreamResponse:
+        if request.method != route.method:  # HEAD, where GET is relayed
+            raise Denied(_wrong_method(request.method, (route.method,)))
         return await router.answer(request, route)
 
     return handler
+
+
+def _to_stored(router: Router, routes: list[Route]) -> dict[str, Handler]:
+    """By the raw path: an id needs no escapes, so an escaped one is not there."""
+
+    async def handler(request: web.BaseRequest, rest: str) -> web.StreamResponse:
+        path = request.raw_path.partition("?")[0]
+        here = [route for route in routes if route.pattern and route.pattern.fullmatch(path)]
+        if not here:
+            raise Denied(_not_there(path))
+        for route in here:
+            if route.method == request.method:
+                return await router.answer(request, route)
+        raise Denied(_wrong_method(request.method, [route.method for route in here]))
+
+    return dict.fromkeys((route.method for route in routes), handler)
 
 
 async def serve(

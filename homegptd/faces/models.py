@@ -8,7 +8,11 @@ from homegptd.core.model import ModelId
 from homegptd.core.refusals import Reason, Refusal
 from homegptd.wire import control as wire
 
+from .adjust import Adjustment
 from .desk import Desk
+
+VIRTUAL = ("active", "default")
+"""Names that mean a model without naming it."""
 
 
 class Models:
@@ -32,6 +36,19 @@ class Models:
     def default(self) -> ModelId | None:
         """The model of a request that names none."""
         return self._only or self._desk.default()
+
+    def adjustment(self, model: ModelId) -> Adjustment | None:
+        """What the configuration sets in requests for it."""
+        return self._desk.adjustments.get(model)
+
+    def virtual(self, name: str, kinds: frozenset[str] | None) -> ModelId | None:
+        """What is meant by `default`, and by `active`: the model used last of those that are awake
+        and of these kinds, else the default. A model of that very name goes before."""
+        if name not in VIRTUAL:
+            return None
+        awake = self._desk.awake() if name == "active" else ()
+        fit = (m for m in awake if kinds is None or self.kind(m) in (None, *kinds))
+        return self._only or next(fit, None) or self._desk.default()
 
     def _views(self) -> list[wire.ModelView]:
         return [v for v in self._desk.models() if self._only in (None, v["id"])]

@@ -23,6 +23,8 @@ _BACKSLASHES = 64
 _PIECE = re.compile(rb'["{}\[\]]')
 _COLON = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*")
 _WORD = re.compile(rb"[^,}\] \t\r\n]+")
+_MEMBER = re.compile(rb'[ \t\r\n]*"')
+_YES = frozenset({"1", "on", "t", "true", "y", "yes"})
 _SPACE = b" \t\r\n"
 
 
@@ -32,6 +34,10 @@ class Wish:
 
     model: str | None
     stream: bool
+    stores: bool = False
+    """Whether it wants the answer kept in the engine, or builds on one that is."""
+    previous: str | None = None
+    """The id of the answer it builds on."""
 
 
 class NotUnderstood(Exception):
@@ -45,8 +51,12 @@ class NotUnderstood(Exception):
 class _Body(msgspec.Struct):
     model: object = None
     stream: object = None
+    background: object = None
+    store: object = None
+    previous_response_id: object = None
 
 
+_KEYS = frozenset(field.encode() for field in _Body.__struct_fields__)
 _decoder = msgspec.json.Decoder(_Body)
 _scalar = msgspec.json.Decoder()
 
@@ -56,24 +66,32 @@ def read(body: bytes) -> Wish:
     found = _scan(body) if len(body) > _SMALL else None
     if found is None:
         found = _parse(body)
-    return _wish(found.model, found.stream)
+    return _wish(found)
 
 
 def with_model(body: bytes, model: str) -> bytes:
-    """The same body naming `model`; only for a body that `read` found to name none.
+    """The same body naming `model`, whatever it named before; only for a body that was read.
 
-    The name goes first. Where the body says `"model": null` or "" that comes later and wins, which
-    vLLM takes as its own model too.
+    The name goes last, and the last of two equal keys counts, for vLLM as for the router.
     """
-    start = body.index(b"{") + 1
-    comma = b"" if body[start:].lstrip(_SPACE)[:1] == b"}" else b","
-    return b'%s"model":%s%s%s' % (body[:start], msgspec.json.encode(model), comma, body[start:])
+    end = body.rindex(b"}")
+    empty = _MEMBER.match(body, body.index(b"{") + 1) is None
+    comma = b"" if empty else b","
+    return b'%s%s"model":%s%s' % (body[:end], comma, msgspec.json.encode(model), body[end:])
 
 
-def _wish(model: object, stream: object) -> Wish:
+def _wish(found: _Body) -> Wish:
+    model, previous = found.model, found.previous_response_id
     if model is not None and not isinstance(model, str):
         raise NotUnderstood('"model" must be a string', param="model")
-    return Wish(model or None, stream in (True, 1, "true", "True", "1"))
+    stores = found.store is True or bool(found.background) or previous is not None
+    before = previous if isinstance(previous, str) else None
+    return Wish(model or None, is_yes(found.stream), stores, before)
+
+
+def is_yes(value: object) -> bool:
+    """What pydantic, and with it vLLM, takes for true."""
+    return value.lower() in _YES if isinstance(value, str) else value in (True, 1)
 
 
 def _parse(body: bytes) -> _Body:
@@ -138,7 +156,7 @@ def _string_end(body: bytes, at: int) -> int:
 def _key(body: bytes, start: int, end: int, found: _Body) -> bool:
     """Note the value if this is a key we look for. False: this needs a parser."""
     name = body[start:end] if end - start <= 64 else b""
-    if name not in (b"model", b"stream"):
+    if name not in _KEYS:
         return b"\\" not in name
     colon = _COLON.match(body, end + 1)
     if colon is None:

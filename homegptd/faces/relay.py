@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from aiohttp import HttpVersion11, web
@@ -61,13 +62,15 @@ class Ask:
     headers: bytes
     body: bytes
     shape: Shape
+    method: str = "POST"
+    learn: Callable[[bytes], None] | None = None
+    """Gets the first bytes of an answer that is none of an error."""
 
     def head(self) -> bytes:
-        return b"POST %s HTTP/1.1\r\nHost: engine\r\n%sContent-Length: %d\r\n\r\n" % (
-            self.path.encode(),
-            self.headers,
-            len(self.body),
-        )
+        line = f"{self.method} {self.path} HTTP/1.1\r\nHost: engine\r\n".encode()
+        if self.method == "GET":
+            return b"%s%s\r\n" % (line, self.headers)
+        return b"%s%sContent-Length: %d\r\n\r\n" % (line, self.headers, len(self.body))
 
 
 class Broken(Exception):
@@ -265,6 +268,8 @@ class Answer:
     def _begin(self, data: bytes) -> None:
         """The first bytes: from here on the request cannot be sent again."""
         self._begun = True
+        if self._ask.learn is not None and self._status < 300:
+            self._ask.learn(data)
         if not self._sse:
             self._hold = 0
         self._write(self._head + data)

@@ -1,7 +1,6 @@
-"""Requests to models: which paths there are, which model a request names, and its way there.
+"""Requests to models: which one a request names, and its way there.
 
-The table is an allow-list of exact paths. What is not in it does not reach an engine, and what is
-reaches it under the table's own spelling.
+Which paths there are is in `routes`; here each is read, waits for its model, and is relayed.
 """
 
 from __future__ import annotations
@@ -10,7 +9,8 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from aiohttp import web
 
@@ -18,42 +18,19 @@ from homegptd.core.model import Awake, Draining, ModelId
 from homegptd.core.refusals import Reason, Refusal
 from homegptd.runtime.scheduler import Refused, Scheduler
 
-from . import errors, openai
-from .errors import Denied, Shape
+from . import adjust, errors, multipart, openai
+from .errors import Denied, Problem
 from .models import Models
+from .openai import NotUnderstood
 from .relay import CLOSED, KEPT, Ask, Broken, Limits, relay
+from .routes import Route, Where
+from .stored import Stored
+from .tasks import is_task
 from .upstream import Address, Pool
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """A path that takes the model from its JSON body. None of them has effects on the engine."""
-
-    path: str
-    shape: Shape = Shape.OPENAI
-    kinds: frozenset[str] = frozenset({"generate"})
-    """What a model must be for (`engine.kind`) to answer here. Asking another one would cost a
-    switch and end in vLLM's bare 404."""
-
-
-_POOLING = frozenset({"embed", "score"})
-"""vLLM's pooling models: an embedder scores and reranks too (0.32)."""
-ROUTES = (
-    Route("/v1/chat/completions"),
-    Route("/v1/completions"),
-    Route("/v1/responses", Shape.RESPONSES),
-    Route("/v1/messages", Shape.ANTHROPIC),
-    Route("/v1/embeddings", kinds=_POOLING),
-    Route("/v1/rerank", kinds=_POOLING),
-    Route("/v2/rerank", kinds=_POOLING),
-    Route("/rerank", kinds=_POOLING),
-    Route("/v1/score", kinds=_POOLING),
-    Route("/score", kinds=_POOLING),
-    Route("/pooling", kinds=_POOLING),
-    Route("/classify", kinds=_POOLING),
-)
 _PIECE_S = 60.0
 """Between two pieces of a request's body, in seconds."""
 _PASSED_ON = ("Content-Type", "Accept", "X-Request-Id")
@@ -71,6 +48,10 @@ class Settings:
     notice_s: float = 2.0
     notice_death_s: float = 15.0
     """How long to wait for news of an engine that broke off, or that cannot be reached at all."""
+    tasks_switch: bool = False
+    """Whether a title or a tag may cause a switch."""
+    task_grace_s: float = 5.0
+    """How long such a request waits for somebody else to bring its model up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +61,12 @@ class _Request:
     model: ModelId
     stream: bool
     ask: Ask
+    again: bool = True
+    """Whether it may be sent a second time."""
+    unasked: str = ""
+    """Why it is no reason to bring its model up, where it is none."""
+    grace_s: float = 0.0
+    """How long it then waits for another reason."""
 
 
 class Router:
@@ -92,11 +79,13 @@ class Router:
         *,
         addresses: Callable[[ModelId], Address],
         settings: Settings,
+        stored: Stored | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._models = models
         self._addresses = addresses
         self._settings = settings
+        self._stored = stored or Stored()
         self.pool = Pool()
         self._held_bytes = 0
 
@@ -106,7 +95,7 @@ class Router:
             await _client_reads(request)
             wanted = await self._read(request, route)
             with self._holding(len(wanted.ask.body)):
-                return await self._serve(request, wanted)
+                return await self._serve_when_up(request, wanted)
         except Denied as denied:
             problem = denied.problem
         except Refused as refused:
@@ -131,6 +120,30 @@ class Router:
         finally:
             self._held_bytes -= size
 
+    async def _serve_when_up(
+        self, request: web.BaseRequest, wanted: _Request
+    ) -> web.StreamResponse:
+        """Where it may bring its model up, at once; else while somebody else does."""
+        if not wanted.unasked:
+            return await self._serve(request, wanted)
+        news, loop = asyncio.Event(), self._scheduler.loop
+        until = loop.time() + wanted.grace_s
+        with self._scheduler.watched(lambda lines: news.set()):
+            while True:
+                try:
+                    return await self._serve(request, wanted)
+                except Refused as refused:
+                    refusal = refused.refusal
+                    if refusal.reason is not Reason.BUSY or loop.time() >= until:
+                        told = f"{refusal.message}: {wanted.unasked}"
+                        raise Refused(replace(refusal, message=told)) from None
+                news.clear()
+                try:
+                    async with asyncio.timeout_at(until):
+                        await news.wait()
+                except TimeoutError:
+                    continue
+
     async def _serve(self, request: web.BaseRequest, wanted: _Request) -> web.StreamResponse:
         """Once, and once more where the engine was lost before the answer began.
 
@@ -143,7 +156,7 @@ class Router:
             except Broken as broken:
                 tries += 1
                 sent += broken.sent
-                if not broken.again or sent > 1 or tries > 2:
+                if not broken.again or sent > wanted.again or tries > 2:
                     raise
                 log.info("%s; sending the request again", broken.refusal.message)
                 settings = self._settings
@@ -179,7 +192,10 @@ class Router:
     async def _try(
         self, request: web.BaseRequest, wanted: _Request, *, replay: bool
     ) -> web.StreamResponse:
-        lease = self._scheduler.lease(wanted.model, freezable=wanted.stream, replay=replay)
+        asks = not wanted.unasked
+        lease = self._scheduler.lease(
+            wanted.model, freezable=wanted.stream, may_switch=asks, replay=replay and asks
+        )
         async with lease:
             return await relay(
                 request,
@@ -190,41 +206,118 @@ class Router:
                 limits=self._settings.limits,
             )
 
+    # ------------------------------------------------------------ what a request says
+
     async def _read(self, request: web.BaseRequest, route: Route) -> _Request:
         """Raises: Denied."""
+        try:
+            if route.where is Where.STORED:
+                return self._read_stored(request, route)
+            if route.where is Where.FORM:
+                return await self._read_form(request, route)
+            return await self._read_json(request, route)
+        except NotUnderstood as why:
+            raise Denied(errors.bad_request(str(why), param=why.param)) from None
+
+    async def _read_json(self, request: web.BaseRequest, route: Route) -> _Request:
         kind = request.content_type
         if kind != "application/json" and not kind.endswith("+json"):
-            text = f'the content type is "{kind}", it must be application/json'
-            raise Denied(errors.bad_request(text, status=415))
+            raise _wrong_kind(kind, "application/json")
         body = await read_body(request, self._settings.max_body_bytes)
-        try:
-            wish = openai.read(body)
-        except openai.NotUnderstood as why:
-            raise Denied(errors.bad_request(str(why), param=why.param)) from None
-        model = self._model(wish.model)
-        self._must_do(model, route)
-        if wish.model is None:
+        wish = openai.read(body)
+        model = self._model(wish.model, route, previous=wish.previous)
+        adjustment = self._models.adjustment(model)
+        if adjustment:
+            body = adjust.adjusted(body, adjustment)
+        if wish.model is None or self._models.find(wish.model) is None:
             body = openai.with_model(body, model)
-        return _Request(model, wish.stream, Ask(route.path, _passed_on(request), body, route.shape))
+        task = not (wish.stream or self._settings.tasks_switch) and is_task(body)
+        wanted = self._request(
+            route, model, Ask(route.path, _passed_on(request), body, route.shape)
+        )
+        if route.stores:
+            learn = partial(self._learn, model)
+            wanted = replace(wanted, ask=replace(wanted.ask, learn=learn), again=not wish.stores)
+        if task:
+            text = "it is a background task (router.background_tasks)"
+            wanted = replace(wanted, unasked=text, grace_s=self._settings.task_grace_s)
+        return replace(wanted, stream=wish.stream and route.streams)
 
-    def _must_do(self, model: ModelId, route: Route) -> None:
-        """Raises: Denied. A model whose kind nobody knows is asked."""
+    async def _read_form(self, request: web.BaseRequest, route: Route) -> _Request:
+        if request.content_type != "multipart/form-data":
+            raise _wrong_kind(request.content_type, "multipart/form-data")
+        body = await read_body(request, self._settings.max_body_bytes)
+        form = multipart.read(request.headers["Content-Type"], body)
+        model = self._model(form.model, route)
+        adjustment = self._models.adjustment(model)
+        if adjustment:
+            body = multipart.with_fields(body, form, adjustment.defaults, adjustment.overrides)
+            form = multipart.read(request.headers["Content-Type"], body)
+        if form.model is None or self._models.find(form.model) is None:
+            body = multipart.with_model(body, form, model)
+        ask = Ask(route.path, _passed_on(request), body, route.shape)
+        return replace(self._request(route, model, ask), stream=form.stream)
+
+    def _read_stored(self, request: web.BaseRequest, route: Route) -> _Request:
+        path = request.raw_path.partition("?")[0]
+        found = route.pattern.fullmatch(path) if route.pattern is not None else None
+        ident = found[1] if found else ""
+        model = self._stored.find(ident, self._scheduler.state.engines)
+        if model is None or self._models.find(model) is None:
+            text = f'there is no response "{ident}": its engine has ended, or never gave it'
+            raise Denied(Problem(404, "not_found", text, param="response_id"))
+        query, stream = _stream_query(request) if route.method == "GET" else ("", False)
+        ask = Ask(path + query, _passed_on(request), b"", route.shape, method=route.method)
+        return replace(self._request(route, model, ask), stream=stream)
+
+    def _request(self, route: Route, model: ModelId, ask: Ask) -> _Request:
+        unasked = "" if route.wakes else f"{route.method} {route.path} wakes no model"
+        return _Request(model, False, ask, again=not route.once, unasked=unasked)
+
+    def _learn(self, model: ModelId, data: bytes) -> None:
+        self._stored.learn(data, model, self._scheduler.state.engines[model].incarnation)
+
+    def _model(self, name: str | None, route: Route, *, previous: str | None = None) -> ModelId:
+        """Which model is meant. Raises: Denied, also where it is not for this."""
+        model = self._named(name, route, previous)
         kind = self._models.kind(model)
-        if kind is not None and kind not in route.kinds:
+        if kind is not None and route.kinds is not None and kind not in route.kinds:
             text = f'"{model}" does not do {route.path}: its engine.kind is {kind}'
             raise Denied(errors.bad_request(text, param="model"))
+        return model
 
-    def _model(self, name: str | None) -> ModelId:
+    def _named(self, name: str | None, route: Route, previous: str | None) -> ModelId:
+        if name is None and previous is not None:
+            model = self._stored.find(previous, self._scheduler.state.engines)
+            if model is not None and self._models.find(model) is not None:
+                return model
         if name is None:
             default = self._models.default()
             if default is None:
                 text = 'the body names no "model", and there is no default'
                 raise Denied(errors.bad_request(text, param="model"))
             return default
-        model = self._models.find(name)
+        model = self._models.find(name) or self._models.virtual(name, route.kinds)
         if model is None:
             raise Denied(errors.refused(self._models.unknown(name)))
         return model
+
+
+def _wrong_kind(kind: str, wanted: str) -> Denied:
+    text = f'the content type is "{kind}", it must be {wanted}'
+    return Denied(errors.bad_request(text, status=415))
+
+
+def _stream_query(request: web.BaseRequest) -> tuple[str, bool]:
+    """The two parameters that vLLM knows, as they travel on. Raises: Denied."""
+    after = request.query.get("starting_after")
+    if after is not None and not (after.isascii() and after.isdigit() and len(after) < 10):
+        text = '"starting_after" must be the number of an event'
+        raise Denied(errors.bad_request(text, param="starting_after"))
+    stream = openai.is_yes(request.query.get("stream"))
+    told = (f"starting_after={after}" if after else "", "stream=true" if stream else "")
+    query = "&".join(each for each in told if each)
+    return (f"?{query}" if query else ""), stream
 
 
 async def read_body(request: web.BaseRequest, limit: int) -> bytes:

@@ -130,6 +130,7 @@ async def running(
     *,
     limits: Limits | None = None,
     notice_s: float = 2.0,
+    task_grace_s: float = 5.0,
     max_body_bytes: int = 64 << 20,
     max_held_bytes: int = 256 << 20,
     kinds: dict[str, str] | None = None,
@@ -165,7 +166,10 @@ async def running(
     if "chat" in addresses:
         names[ModelId("chat")] = ("Chat", ("talk", "lab/Chat-7B"))
     desk = Desk(scheduler, names, kinds=kinds, logs=_no_logs, reload=_no_reload)
-    settings = Settings(max_body_bytes, max_held_bytes, limits or Limits(), notice_s=notice_s)
+    settings = Settings(
+        max_body_bytes, max_held_bytes, limits or Limits(), notice_s=notice_s,
+        task_grace_s=task_grace_s,
+    )  # fmt: skip
     listener = socket.create_server(("127.0.0.1", 0))
     host, port = listener.getsockname()
     async with scheduler.running():
@@ -264,7 +268,7 @@ class Engine:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
                 line, *rest = head.rstrip("\r\n").split("\r\n")
                 headers = {k.lower(): v for k, _, v in (each.partition(": ") for each in rest)}
-                body = await reader.readexactly(int(headers["content-length"]))
+                body = await reader.readexactly(int(headers.get("content-length", 0)))
                 asked = Asked(line, headers, body, reader, writer, len(self.asked) + 1, number)
                 self.asked.append(asked)
                 await self.script(asked)

@@ -1,0 +1,48 @@
+"""Which model gave which response id (`/v1/responses/ID`): bounded, in memory, shared by all doors.
+
+vLLM keeps stored responses inside the process of their engine, so an id is good for one incarnation
+of it. The ids are read off the answers, whose first member they are (0.32: `ResponsesResponse`, and
+`response.created` before any other event).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from homegptd.core.model import Engine, ModelId
+
+_MOST = 10_000
+_ID = re.compile(rb'"id":\s?"([A-Za-z0-9_-]{1,128})"')
+_LOOK = 4096
+
+
+class Stored:
+    """The last ids, the oldest forgotten first."""
+
+    def __init__(self, most: int = _MOST) -> None:
+        self._most = most
+        self._by: dict[str, tuple[ModelId, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._by)
+
+    def learn(self, data: bytes, model: ModelId, incarnation: int) -> None:
+        """Take the id out of the first bytes of an answer."""
+        found = _ID.search(data, 0, _LOOK)
+        if found is None:
+            return
+        ident = found[1].decode()
+        self._by.pop(ident, None)
+        self._by[ident] = model, incarnation
+        if len(self._by) > self._most:
+            del self._by[next(iter(self._by))]
+
+    def find(self, ident: str, engines: Mapping[ModelId, Engine]) -> ModelId | None:
+        """The model whose engine may still have that response."""
+        model, incarnation = self._by.get(ident, (None, 0))
+        engine = engines.get(model) if model is not None else None
+        if engine is None or engine.incarnation != incarnation:
+            self._by.pop(ident, None)
+            return None
+        return model
