@@ -29,6 +29,7 @@ _SECTIONS: dict[str, Any] = {
     "models[]": settings.ModelConfig,
     "models[].engine": settings.EngineConfig,
     "models[].idle": settings.IdleConfig,
+    "models[].request": settings.RequestConfig,
     **{f.name: type(f.default) for f in fields(settings.Config) if is_dataclass(f.default)},
 }
 

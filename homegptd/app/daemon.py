@@ -29,6 +29,7 @@ from homegptd.faces import http
 from homegptd.faces.control import ControlServer
 from homegptd.faces.desk import Desk
 from homegptd.faces.methods import Refused
+from homegptd.faces.stored import Stored
 from homegptd.faces.upstream import Address
 from homegptd.runtime.bootstrap import observe
 from homegptd.runtime.heartbeat import Heartbeat
@@ -89,6 +90,7 @@ class Daemon:
             self.scheduler,
             self.setup.names,
             kinds=self.setup.kinds,
+            adjustments=self.setup.adjustments,
             logs=self._logs,
             reload=self._reload,
         )
@@ -205,13 +207,14 @@ class Daemon:
 
     @asynccontextmanager
     async def _http(self, doors: Doors) -> AsyncIterator[None]:
-        settings = router_settings(self.setup.config)
+        settings, stored = router_settings(self.setup.config), Stored()
         async with AsyncExitStack() as stack:
             door = http.build(
                 scheduler=self.scheduler,
                 desk=self.desk,
                 addresses=self._engine_address,
                 settings=settings,
+                stored=stored,
             )
             await _serve(stack, door, doors.http)
             for model, sockets in doors.models.items():
@@ -221,6 +224,7 @@ class Daemon:
                     desk=self.desk,
                     addresses=self._engine_address,
                     settings=settings,
+                    stored=stored,
                 )
                 await _serve(stack, door, sockets)
             yield
@@ -281,6 +285,7 @@ class Daemon:
             self.backend.replace(after)
             self.engines.update(clients(after, self.engines, before))
             self.desk.names, self.desk.kinds = after.names, after.kinds
+            self.desk.adjustments = after.adjustments
             self.scheduler.post(
                 ConfigChanged(after.specs, after.policy, after.gpus, after.host_mib)
             )

@@ -81,6 +81,8 @@ def router_settings(config: Config) -> RouterSettings:
         max_body_bytes=router.max_body_bytes,
         max_held_bytes=router.max_waiting_bytes,
         limits=limits,
+        tasks_switch=router.background_tasks == "switch",
+        realtime_idle_s=router.realtime_idle_s,
     )
 
 

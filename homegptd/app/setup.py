@@ -17,6 +17,7 @@ from homegptd.core.model import (
     SleepLevel,
     Startup,
 )
+from homegptd.faces.adjust import Adjustment
 
 HOST_MIB_PER_ENGINE = 4096
 """RAM of one engine's processes without pinned weights: 3 to 6 GiB were seen (vLLM 0.32)."""
@@ -69,6 +70,14 @@ class Setup:
     def kinds(self) -> dict[ModelId, str]:
         """What each model is for; a unit written by hand says nothing of it."""
         return {ModelId(m.id): m.engine.kind for m in self.config.models if m.engine is not None}
+
+    @property
+    def adjustments(self) -> dict[ModelId, Adjustment]:
+        """What is set in requests, for the models that have anything set."""
+        told = {
+            m.id: Adjustment(m.request.defaults, m.request.overrides) for m in self.config.models
+        }
+        return {ModelId(name): each for name, each in told.items() if each}
 
     @property
     def names(self) -> dict[ModelId, tuple[str, tuple[str, ...]]]:

@@ -9,6 +9,7 @@ import yaml
 
 from .flags import Flag, flags, gpus_needed, merged
 from .nodes import join, shown
+from .request import request
 from .schema import (
     DEFAULT_IMAGE,
     EngineConfig,
@@ -145,6 +146,7 @@ def _model(item: Item, *, base: Defaults, cards: Sequence[GpuConfig], limit_s: f
         auto_switch=table.get("auto_switch", flag, default=True),
         drain_s=table.get("drain_s", SECONDS, None),
         on_deadline=table.get("on_deadline", DEADLINE, None),
+        request=request(table),
         engine=engine,
         start_limit_s=(engine and engine.start_timeout_s) or limit_s,
         estimated=_estimated(table, needed),

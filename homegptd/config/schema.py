@@ -11,6 +11,7 @@ from typing import Literal
 StartupMode = Literal["disabled", "sleep", "active"]
 SleepChoice = Literal["auto", 1, 2]
 DeadlinePolicy = Literal["auto", "freeze", "wait", "cut"]
+BackgroundTasks = Literal["wait", "switch"]
 BackendName = Literal["process", "systemd"]
 EngineKind = Literal["generate", "embed", "score", "audio"]
 
@@ -89,6 +90,21 @@ class EngineConfig:
         return "{port}" in text and "{socket}" not in text
 
 
+def _no_values() -> Mapping[str, object]:
+    return MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class RequestConfig:
+    """What the router writes into requests for a model: members of their JSON bodies, and forms'
+    fields. Mappings such as `chat_template_kwargs` are merged."""
+
+    defaults: Mapping[str, object] = field(default_factory=_no_values, hash=False)
+    """Count where a request says nothing, or null."""
+    overrides: Mapping[str, object] = field(default_factory=_no_values, hash=False)
+    """Count always; null takes a member out."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """One model. `id` and `gpu_memory_gb` must be given; parsing fills in the other defaults."""
@@ -129,6 +145,8 @@ class ModelConfig:
     """Overrides `router.drain_s` for this model."""
     on_deadline: DeadlinePolicy | None = None
     """Overrides `router.on_deadline` for this model."""
+    request: RequestConfig = RequestConfig()
+    """What is set in requests for it."""
     engine: EngineConfig | None = None
     """None: the unit is written by hand and only named here."""
     start_limit_s: float = 600.0
@@ -202,6 +220,9 @@ class RouterConfig:
     """Seconds an answer may stay frozen before its client gets an error."""
     auto_switch: bool = True
     """Whether requests may cause switches at all."""
+    background_tasks: BackgroundTasks = "wait"
+    """Titles, tags and follow-up questions of Open WebUI. wait: for a model that comes up anyway, a
+    few seconds; switch: like any other request."""
     max_waiting: int = 256
     """Requests that may wait, over all models."""
     max_waiting_mib: int = 256
@@ -214,6 +235,8 @@ class RouterConfig:
     """Seconds from sending a request to an awake engine to the first byte of its answer."""
     between_bytes_timeout_s: float = 120.0
     """Seconds of silence inside an answer after which the engine counts as hung."""
+    realtime_idle_s: float = 60.0
+    """Seconds without a word from either side after which a realtime session is closed."""
 
     @property
     def max_waiting_bytes(self) -> int:

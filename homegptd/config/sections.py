@@ -5,6 +5,7 @@ from ipaddress import ip_address
 
 from .schema import (
     BackendName,
+    BackgroundTasks,
     ControlConfig,
     DeadlinePolicy,
     GpuConfig,
@@ -42,6 +43,7 @@ PATH = matching(r"/.*", "an absolute path")
 DEADLINE: Reader[DeadlinePolicy] = choice(
     {"auto": "auto", "freeze": "freeze", "wait": "wait", "cut": "cut"}
 )
+TASKS: Reader[BackgroundTasks] = choice({"wait": "wait", "switch": "switch"})
 BACKEND: Reader[BackendName] = choice({"process": "process", "systemd": "systemd"})
 
 
@@ -87,6 +89,7 @@ def router(root: Table) -> RouterConfig:
         max_answer_s=table.get("max_answer_s", SECONDS_ABOVE_0, default.max_answer_s),
         freeze_max_s=table.get("freeze_max_s", SECONDS_ABOVE_0, default.freeze_max_s),
         auto_switch=table.get("auto_switch", flag, default.auto_switch),
+        background_tasks=table.get("background_tasks", TASKS, default.background_tasks),
         max_waiting=table.get("max_waiting", whole(0, 1_000_000), default.max_waiting),
         max_waiting_mib=table.get("max_waiting_mib", mib, default.max_waiting_mib),
         max_wait_s=table.get("max_wait_s", SECONDS_ABOVE_0, default.max_wait_s),
@@ -95,6 +98,7 @@ def router(root: Table) -> RouterConfig:
             "first_byte_timeout_s", SECONDS_ABOVE_0, default.first_byte_timeout_s
         ),
         between_bytes_timeout_s=table.get("between_bytes_timeout_s", SECONDS_ABOVE_0, between),
+        realtime_idle_s=table.get("realtime_idle_s", SECONDS_ABOVE_0, default.realtime_idle_s),
     )
     table.finish()
     return read

@@ -19,8 +19,8 @@ T = TypeVar("T")
 _NULL = frozenset({"", "~", "null", "Null", "NULL"})
 _TRUE = frozenset({"true", "yes", "on"})
 _FALSE = frozenset({"false", "no", "off"})
-_WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,17})")
-_NUMBER = re.compile(r"-?[0-9]{1,18}(\.[0-9]{0,30})?([eE][-+]?[0-9]{1,2})?")
+WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,17})")
+NUMBER = re.compile(r"-?[0-9]{1,18}(\.[0-9]{0,30})?([eE][-+]?[0-9]{1,2})?")
 _LONGEST_GUESS = 40
 
 
@@ -61,7 +61,7 @@ def found(node: yaml.Node) -> str:
 
 def quoted(node: yaml.ScalarNode) -> str:
     """Numbers stand bare in messages, words in quotes."""
-    return shown(node.value) if _NUMBER.fullmatch(node.value) else f'"{shown(node.value)}"'
+    return shown(node.value) if NUMBER.fullmatch(node.value) else f'"{shown(node.value)}"'
 
 
 def suggestion(word: str, known: Mapping[str, object] | tuple[str, ...]) -> str | None:
@@ -85,7 +85,7 @@ def _scalar(item: Item, wanted: str) -> yaml.ScalarNode:
 def _plain(item: Item, wanted: str) -> str:
     node = _scalar(item, wanted)
     if node.style:
-        hint = "; write it without quotes" if _NUMBER.fullmatch(node.value) else ""
+        hint = "; write it without quotes" if NUMBER.fullmatch(node.value) else ""
         raise Bad(f"{found(node)}, must be {wanted}{hint}")
     return str(node.value)
 
@@ -123,7 +123,7 @@ def flag(item: Item) -> bool:
 def whole(low: int, high: int) -> Reader[int]:
     def read(item: Item) -> int:
         word = _plain(item, "a whole number")
-        if not _WHOLE.fullmatch(word):
+        if not WHOLE.fullmatch(word):
             raise Bad(f"{found(item.node)}, must be a whole number")
         if not low <= (value := int(word)) <= high:
             raise Bad(f"found {value}, allowed are {low} to {high}")
@@ -139,7 +139,7 @@ def number(
 
     def read(item: Item) -> float:
         word = _plain(item, "a number")
-        if not _NUMBER.fullmatch(word):
+        if not NUMBER.fullmatch(word):
             raise Bad(f"{found(item.node)}, must be a number")
         value = float(word)
         if least is not None and value < least:

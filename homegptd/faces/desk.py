@@ -44,13 +44,14 @@ class Desk:
         names: views.Names,
         *,
         kinds: Mapping[ModelId, str] | None = None,
+        adjustments: Mapping[ModelId, Adjustment] | None = None,
         logs: Logs,
         reload: Reload,
     ) -> None:
         self._scheduler = scheduler
         self.names = names
         self.kinds = kinds or {}
-        self.adjustments: Mapping[ModelId, Adjustment] = {}
+        self.adjustments = adjustments or {}
         self._logs = logs
         self._reload = reload
         self._operations: OrderedDict[int, Progress] = OrderedDict()

@@ -52,6 +52,7 @@ class Settings:
     """Whether a title or a tag may cause a switch."""
     task_grace_s: float = 5.0
     """How long such a request waits for somebody else to bring its model up."""
+    realtime_idle_s: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)

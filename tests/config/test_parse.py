@@ -534,3 +534,41 @@ def test_a_problem_prints_as_file_line_path_and_words() -> None:
     assert str(caught.value) == (
         "/etc/homegpt/config.yaml:2: webui.port: found 0, allowed are 1 to 65535"
     )
+
+
+def test_what_is_set_in_requests_is_json() -> None:
+    read = model("""
+        request:
+          defaults: {temperature: 0.6, stop: ["</s>", 2], language: no, seed: "7"}
+          overrides:
+            max_tokens: 4096
+            logit_bias: null
+            chat_template_kwargs: {enable_thinking: false, deep: {a: [1, {b: 1e3}]}}
+    """)
+    assert read.request.defaults == {
+        "temperature": 0.6, "stop": ["</s>", 2], "language": "no", "seed": "7",
+    }  # fmt: skip
+    assert read.request.overrides == {
+        "max_tokens": 4096,
+        "logit_bias": None,
+        "chat_template_kwargs": {"enable_thinking": False, "deep": {"a": [1, {"b": 1000.0}]}},
+    }
+
+
+def test_the_model_and_streaming_are_not_for_the_file_to_say() -> None:
+    told = problems("""
+        models:
+          - id: a
+            gpu_memory_gb: 20
+            request:
+              defaults: {model: b}
+              overrides: {stream: true}
+              default: {}
+          - {id: b, gpu_memory_gb: 1, request: {defaults: [1]}}
+    """)
+    assert [line.partition(": ")[2] for line in told] == [
+        "models[a].request.defaults.model: is the client's to say",
+        "models[a].request.overrides.stream: is the client's to say",
+        'models[a].request.default: unknown key; did you mean "defaults"?',
+        "models[b].request.defaults: must be a mapping of a request's parameters to values",
+    ]
