@@ -205,7 +205,7 @@ class Daemon:
 
     @asynccontextmanager
     async def _http(self, doors: Doors) -> AsyncIterator[None]:
-        settings = router_settings(self.setup.config)
+        settings = router_settings(self.setup.config, self.options.state_dir)
         async with AsyncExitStack() as stack:
             door = http.build(
                 scheduler=self.scheduler,

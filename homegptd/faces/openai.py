@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import msgspec
 
+from .bodies import Body, Spooled, Text
+
 _SMALL = 64 * 1024
 _BUDGET = 1000
 """Strings and brackets the scanner looks at before it leaves the body to msgspec."""
@@ -24,6 +26,7 @@ _PIECE = re.compile(rb'["{}\[\]]')
 _COLON = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*")
 _WORD = re.compile(rb"[^,}\] \t\r\n]+")
 _SPACE = b" \t\r\n"
+_NOT_SPACE = re.compile(rb"[^ \t\r\n]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,23 +54,36 @@ _decoder = msgspec.json.Decoder(_Body)
 _scalar = msgspec.json.Decoder()
 
 
-def read(body: bytes) -> Wish:
+def read(body: Body) -> Wish:
     """The wish of a JSON body. Raises: NotUnderstood."""
-    found = _scan(body) if len(body) > _SMALL else None
-    if found is None:
-        found = _parse(body)
+    if isinstance(body, Spooled):
+        with body.text() as text:
+            found = _scan(text) or _parse(text)
+    else:
+        found = (_scan(body) if len(body) > _SMALL else None) or _parse(body)
     return _wish(found.model, found.stream)
 
 
-def with_model(body: bytes, model: str) -> bytes:
+def with_model(body: Body, model: str) -> Body:
     """The same body naming `model`; only for a body that `read` found to name none.
 
     The name goes first. Where the body says `"model": null` or "" that comes later and wins, which
     vLLM takes as its own model too.
     """
-    start = body.index(b"{") + 1
-    comma = b"" if body[start:].lstrip(_SPACE)[:1] == b"}" else b","
-    return b'%s"model":%s%s%s' % (body[:start], msgspec.json.encode(model), comma, body[start:])
+    if isinstance(body, Spooled):
+        with body.text() as text:
+            first, start = _opening(text, model)
+        return body.beginning(first, start)
+    first, start = _opening(body, model)
+    return first + body[start:]
+
+
+def _opening(body: Text, model: str) -> tuple[bytes, int]:
+    """What stands in place of the body's beginning, and how much of it that replaces."""
+    start = body.find(b"{") + 1
+    following = _NOT_SPACE.search(body, start)
+    comma = b"" if following is None or following.group() == b"}" else b","
+    return b'%s"model":%s%s' % (body[:start], msgspec.json.encode(model), comma), start
 
 
 def _wish(model: object, stream: object) -> Wish:
@@ -76,7 +92,7 @@ def _wish(model: object, stream: object) -> Wish:
     return Wish(model or None, stream in (True, 1, "true", "True", "1"))
 
 
-def _parse(body: bytes) -> _Body:
+def _parse(body: Text) -> _Body:
     try:
         return _decoder.decode(body)
     except msgspec.ValidationError:
@@ -89,7 +105,7 @@ def _parse(body: bytes) -> _Body:
         raise NotUnderstood(f"the body is not UTF-8: {error.reason}") from None
 
 
-def _scan(body: bytes) -> _Body | None:
+def _scan(body: Text) -> _Body | None:
     """None where the body is not plain enough."""
     found, depth, at, gaps = _Body(), 0, 0, 0
     if body[:64].lstrip(_SPACE)[:1] != b"{":
@@ -119,7 +135,7 @@ def _scan(body: bytes) -> _Body | None:
     return None
 
 
-def _string_end(body: bytes, at: int) -> int:
+def _string_end(body: Text, at: int) -> int:
     """The index of the quote that ends the string which begins at `at`; -1 if none does."""
     for _ in range(_BUDGET):
         end = body.find(b'"', at)
@@ -135,7 +151,7 @@ def _string_end(body: bytes, at: int) -> int:
     return -1
 
 
-def _key(body: bytes, start: int, end: int, found: _Body) -> bool:
+def _key(body: Text, start: int, end: int, found: _Body) -> bool:
     """Note the value if this is a key we look for. False: this needs a parser."""
     name = body[start:end] if end - start <= 64 else b""
     if name not in (b"model", b"stream"):
@@ -153,7 +169,7 @@ def _key(body: bytes, start: int, end: int, found: _Body) -> bool:
     return True
 
 
-def _value(body: bytes, at: int) -> bytes | None:
+def _value(body: Text, at: int) -> bytes | None:
     """The scalar that begins at `at`; None if there is none."""
     if body[at : at + 1] == b'"':
         end = _string_end(body, at + 1)

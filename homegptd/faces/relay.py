@@ -26,6 +26,7 @@ from homegptd.core.refusals import Reason, Refusal
 from homegptd.runtime.scheduler import Lease
 
 from . import errors
+from .bodies import Body
 from .errors import Shape
 from .upstream import Address, Connection, Head, Pool
 
@@ -59,8 +60,10 @@ class Ask:
 
     path: str
     headers: bytes
-    body: bytes
+    body: Body
     shape: Shape
+    replayable: bool = True
+    """Whether sending it twice does no harm. Otherwise it is sent once, on a new connection."""
 
     def head(self) -> bytes:
         return b"POST %s HTTP/1.1\r\nHost: engine\r\n%sContent-Length: %d\r\n\r\n" % (
@@ -119,7 +122,7 @@ async def relay(
 ) -> web.StreamResponse:
     """Ask the engine at `address` and relay what it answers. Raises: Broken."""
     old = request.version < HttpVersion11
-    connection = None if old else pool.take(address)
+    connection = None if old or not ask.replayable else pool.take(address)
     while True:
         if connection is None:
             connection = await _connect(pool, address, lease, unchunked=old)
@@ -135,7 +138,7 @@ async def _connect(pool: Pool, address: Address, lease: Lease, *, unchunked: boo
         return await pool.connect(address, unchunked=unchunked)
     except (OSError, TimeoutError) as error:
         raise Broken(
-            _fault(lease, f"cannot be reached ({error})"), begun=False, again=True
+            _fault(lease, f"cannot be reached ({error})"), again=True, sent=False
         ) from None
 
 
@@ -347,7 +350,8 @@ class Answer:
             return
         self._over = True
         self._connection.discard()
-        self._problem = Broken(refusal, begun=self._begun, again=again and not self._begun)
+        again = again and not self._begun and self._ask.replayable
+        self._problem = Broken(refusal, begun=self._begun, again=again)
         self._wake()
         if self._begun:
             self._end_honestly(refusal)

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from aiohttp import web
 
+from homegptd.core import forecast
 from homegptd.core.model import Awake, Draining, ModelId
-from homegptd.core.refusals import Reason, Refusal
+from homegptd.core.refusals import Reason
 from homegptd.runtime.scheduler import Refused, Scheduler
 
 from . import errors, openai
+from .bodies import Bodies, Hold
 from .errors import Denied, Shape
 from .models import Models
 from .relay import CLOSED, KEPT, Ask, Broken, Limits, relay
@@ -54,8 +55,6 @@ ROUTES = (
     Route("/pooling", kinds=_POOLING),
     Route("/classify", kinds=_POOLING),
 )
-_PIECE_S = 60.0
-"""Between two pieces of a request's body, in seconds."""
 _PASSED_ON = ("Content-Type", "Accept", "X-Request-Id")
 """Everything else stays here, keys above all."""
 
@@ -65,8 +64,8 @@ class Settings:
     """What the configuration says about the router."""
 
     max_body_bytes: int = 64 << 20
-    max_held_bytes: int = 256 << 20
-    """Bodies of all requests that wait or are answered, together."""
+    bodies: Bodies = field(default_factory=Bodies)
+    """Where they are held, and how many; shared by all doors."""
     limits: Limits = field(default_factory=Limits)
     notice_s: float = 2.0
     notice_death_s: float = 15.0
@@ -98,14 +97,17 @@ class Router:
         self._addresses = addresses
         self._settings = settings
         self.pool = Pool()
-        self._held_bytes = 0
+        settings.bodies.again_s = self._room_s
+
+    def _room_s(self) -> float:
+        return forecast.room_s(self._scheduler.state, self._scheduler.loop.time())
 
     async def answer(self, request: web.BaseRequest, route: Route) -> web.StreamResponse:
         """The whole life of one request. Errors are answers here."""
         try:
             await _client_reads(request)
-            wanted = await self._read(request, route)
-            with self._holding(len(wanted.ask.body)):
+            with self._settings.bodies.hold() as hold:
+                wanted = await self._read(request, route, hold)
                 return await self._serve(request, wanted)
         except Denied as denied:
             problem = denied.problem
@@ -118,18 +120,6 @@ class Router:
                 return KEPT if broken.kept else CLOSED
             problem = errors.refused(broken.refusal)
         return errors.response(problem, route.shape)
-
-    @contextmanager
-    def _holding(self, size: int) -> Iterator[None]:
-        """Keep a body until its request has ended. Raises: Denied where there are too many."""
-        if self._held_bytes + size > self._settings.max_held_bytes and self._held_bytes:
-            text = f"requests that wait hold {self._held_bytes >> 20} MiB already"
-            raise Denied(errors.refused(Refusal(Reason.QUEUE_FULL, text, retry_after_s=5.0)))
-        self._held_bytes += size
-        try:
-            yield
-        finally:
-            self._held_bytes -= size
 
     async def _serve(self, request: web.BaseRequest, wanted: _Request) -> web.StreamResponse:
         """Once, and once more where the engine was lost before the answer began.
@@ -190,13 +180,13 @@ class Router:
                 limits=self._settings.limits,
             )
 
-    async def _read(self, request: web.BaseRequest, route: Route) -> _Request:
+    async def _read(self, request: web.BaseRequest, route: Route, hold: Hold) -> _Request:
         """Raises: Denied."""
         kind = request.content_type
         if kind != "application/json" and not kind.endswith("+json"):
             text = f'the content type is "{kind}", it must be application/json'
             raise Denied(errors.bad_request(text, status=415))
-        body = await read_body(request, self._settings.max_body_bytes)
+        body = await hold.receive(request, self._settings.max_body_bytes)
         try:
             wish = openai.read(body)
         except openai.NotUnderstood as why:
@@ -225,40 +215,6 @@ class Router:
         if model is None:
             raise Denied(errors.refused(self._models.unknown(name)))
         return model
-
-
-async def read_body(request: web.BaseRequest, limit: int) -> bytes:
-    """The whole body. Raises: Denied (413) over `limit` bytes, before reading where it is known."""
-    if (request.content_length or 0) > limit:
-        raise _too_large(limit)
-    transport = request.transport
-    if request.headers.get("Expect", "").lower() == "100-continue" and transport is not None:
-        transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-    pieces: list[bytes] = []
-    size = 0
-    try:
-        while piece := await _next_piece(request):
-            size += len(piece)
-            if size > limit:
-                raise _too_large(limit)
-            pieces.append(piece)
-    except web.RequestPayloadError as error:
-        raise Denied(errors.bad_request(f"the body cannot be read: {error}")) from None
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
-async def _next_piece(request: web.BaseRequest) -> bytes:
-    """Raises: Denied (408) where the client stops in the middle of its body."""
-    try:
-        async with asyncio.timeout(_PIECE_S):
-            return await request.content.readany()
-    except TimeoutError:
-        text = f"no more of the body came for {_PIECE_S:.0f} s"
-        raise Denied(errors.bad_request(text, status=408)) from None
-
-
-def _too_large(limit: int) -> Denied:
-    return Denied(errors.of_reason("too-large", f"the body is larger than {limit} bytes"))
 
 
 async def _client_reads(request: web.BaseRequest) -> None:

@@ -23,6 +23,7 @@ from homegptd.core.commands import Command, Order, Start, Stop, Wake, Watch
 from homegptd.core.events import EngineDied, Event, StartEnded, StopEnded, WakeEnded
 from homegptd.core.model import Awake, EngineSpec, Failure, Gpu, ModelId, SleepLevel, State, Traits
 from homegptd.faces import http
+from homegptd.faces.bodies import Bodies
 from homegptd.faces.desk import Desk
 from homegptd.faces.guard import Guard
 from homegptd.faces.relay import Limits
@@ -132,6 +133,7 @@ async def running(
     notice_s: float = 2.0,
     max_body_bytes: int = 64 << 20,
     max_held_bytes: int = 256 << 20,
+    bodies: Bodies | None = None,
     kinds: dict[str, str] | None = None,
     phases: dict[str, core.Phase] | None = None,
     policy: core.Policy | None = None,
@@ -165,7 +167,8 @@ async def running(
     if "chat" in addresses:
         names[ModelId("chat")] = ("Chat", ("talk", "lab/Chat-7B"))
     desk = Desk(scheduler, names, kinds=kinds, logs=_no_logs, reload=_no_reload)
-    settings = Settings(max_body_bytes, max_held_bytes, limits or Limits(), notice_s=notice_s)
+    bodies = bodies or Bodies(max_held_bytes)
+    settings = Settings(max_body_bytes, bodies, limits or Limits(), notice_s=notice_s)
     listener = socket.create_server(("127.0.0.1", 0))
     host, port = listener.getsockname()
     async with scheduler.running():
