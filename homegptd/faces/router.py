@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from aiohttp import web
 
 from homegptd.core import forecast
-from homegptd.core.model import Awake, Draining, ModelId
+from homegptd.core.model import Awake, Draining, ModelId, State
 from homegptd.core.refusals import Reason
 from homegptd.runtime.scheduler import Refused, Scheduler
 
 from . import errors, openai
 from .bodies import Bodies, Hold
+from .early import Early, Pace, speaks
 from .errors import Denied, Shape
 from .models import Models
 from .relay import CLOSED, KEPT, Ask, Broken, Limits, relay
@@ -67,6 +68,7 @@ class Settings:
     bodies: Bodies = field(default_factory=Bodies)
     """Where they are held, and how many; shared by all doors."""
     limits: Limits = field(default_factory=Limits)
+    pace: Pace = field(default_factory=Pace)
     notice_s: float = 2.0
     notice_death_s: float = 15.0
     """How long to wait for news of an engine that broke off, or that cannot be reached at all."""
@@ -79,6 +81,8 @@ class _Request:
     model: ModelId
     stream: bool
     ask: Ask
+    early: Early | None
+    """What speaks to the client while nothing answers; None: nothing does."""
 
 
 class Router:
@@ -98,6 +102,8 @@ class Router:
         self._settings = settings
         self.pool = Pool()
         settings.bodies.again_s = self._room_s
+        self._foreseen_in: State | None = None
+        self._foreseen: dict[ModelId, forecast.Outlook] = {}
 
     def _room_s(self) -> float:
         return forecast.room_s(self._scheduler.state, self._scheduler.loop.time())
@@ -108,18 +114,43 @@ class Router:
             await _client_reads(request)
             with self._settings.bodies.hold() as hold:
                 wanted = await self._read(request, route, hold)
-                return await self._serve(request, wanted)
+                if wanted.early is None:
+                    return await self._serve(request, wanted)
+                return await self._serve_early(request, wanted, wanted.early)
         except Denied as denied:
             problem = denied.problem
         except Refused as refused:
             problem = errors.refused(refused.refusal)
         except Broken as broken:
-            if broken.refusal.reason is not Reason.CUT:  # the machine has told of a cut itself
-                log.warning("%s", broken.refusal.message)
+            _tell(broken)
             if broken.begun:
                 return KEPT if broken.kept else CLOSED
-            problem = errors.refused(broken.refusal)
+            problem = broken.problem
         return errors.response(problem, route.shape)
+
+    async def _serve_early(
+        self, request: web.BaseRequest, wanted: _Request, early: Early
+    ) -> web.StreamResponse:
+        """As `_serve`; once the early head is out, errors are events of the stream."""
+        try:
+            return await self._serve(request, wanted)
+        except Refused as refused:
+            if not early.given:
+                raise
+            problem = errors.refused(refused.refusal)
+        except Broken as broken:
+            if broken.begun or not early.given:
+                raise
+            _tell(broken)
+            problem = broken.problem
+        except Exception:
+            if not early.given:
+                raise
+            log.exception("%s failed after its early head", wanted.ask.path)
+            problem = errors.of_reason("internal", "this is a defect; the log has the story")
+        finally:
+            early.disarm()
+        return KEPT if early.fail(problem) else CLOSED
 
     async def _serve(self, request: web.BaseRequest, wanted: _Request) -> web.StreamResponse:
         """Once, and once more where the engine was lost before the answer began.
@@ -138,6 +169,8 @@ class Router:
                 log.info("%s; sending the request again", broken.refusal.message)
                 settings = self._settings
                 patience_s = settings.notice_s if broken.sent else settings.notice_death_s
+            if wanted.early is not None:
+                wanted.early.arm()
             await self._until_noticed(wanted.model, patience_s)
 
     async def _until_noticed(self, model: ModelId, patience_s: float) -> None:
@@ -170,6 +203,8 @@ class Router:
         self, request: web.BaseRequest, wanted: _Request, *, replay: bool
     ) -> web.StreamResponse:
         lease = self._scheduler.lease(wanted.model, freezable=wanted.stream, replay=replay)
+        if wanted.early is not None and not self._is_awake(wanted.model):
+            wanted.early.arm()
         async with lease:
             return await relay(
                 request,
@@ -178,7 +213,12 @@ class Router:
                 pool=self.pool,
                 address=self._addresses(wanted.model),
                 limits=self._settings.limits,
+                early=wanted.early,
             )
+
+    def _is_awake(self, model: ModelId) -> bool:
+        engine = self._scheduler.state.engines.get(model)
+        return engine is not None and isinstance(engine.phase, Awake)
 
     async def _read(self, request: web.BaseRequest, route: Route, hold: Hold) -> _Request:
         """Raises: Denied."""
@@ -195,7 +235,33 @@ class Router:
         self._must_do(model, route)
         if wish.model is None:
             body = openai.with_model(body, model)
-        return _Request(model, wish.stream, Ask(route.path, _passed_on(request), body, route.shape))
+        ask = Ask(route.path, _passed_on(request), body, route.shape)
+        early = self._early(request, route, model) if wish.stream else None
+        return _Request(model, wish.stream, ask, early)
+
+    def _early(self, request: web.BaseRequest, route: Route, model: ModelId) -> Early | None:
+        if not speaks(route.path):
+            return None
+        return Early(
+            request,
+            route.path,
+            model,
+            route.shape,
+            pace=self._settings.pace,
+            outlook=lambda: self._outlook(model),
+            loop=self._scheduler.loop,
+        )
+
+    def _outlook(self, model: ModelId) -> forecast.Outlook:
+        """Worked out once for all who wait for the model, and anew when the state has changed."""
+        state = self._scheduler.state
+        if state is not self._foreseen_in:
+            self._foreseen_in, self._foreseen = state, {}
+        found = self._foreseen.get(model)
+        if found is None:
+            found = forecast.outlook(state, model, self._scheduler.loop.time())
+            self._foreseen[model] = found
+        return found
 
     def _must_do(self, model: ModelId, route: Route) -> None:
         """Raises: Denied. A model whose kind nobody knows is asked."""
@@ -215,6 +281,12 @@ class Router:
         if model is None:
             raise Denied(errors.refused(self._models.unknown(name)))
         return model
+
+
+def _tell(broken: Broken) -> None:
+    """A cut the machine has told of itself, and what vLLM says of a request is the client's."""
+    if broken.refusal.reason is not Reason.CUT and broken.problem.status >= 500:
+        log.warning("%s", broken.refusal.message)
 
 
 async def _client_reads(request: web.BaseRequest) -> None:

@@ -25,6 +25,7 @@ from homegptd.core.model import Awake, EngineSpec, Failure, Gpu, ModelId, SleepL
 from homegptd.faces import http
 from homegptd.faces.bodies import Bodies
 from homegptd.faces.desk import Desk
+from homegptd.faces.early import Pace
 from homegptd.faces.guard import Guard
 from homegptd.faces.relay import Limits
 from homegptd.faces.router import Settings
@@ -134,6 +135,7 @@ async def running(
     max_body_bytes: int = 64 << 20,
     max_held_bytes: int = 256 << 20,
     bodies: Bodies | None = None,
+    pace: Pace | None = None,
     kinds: dict[str, str] | None = None,
     phases: dict[str, core.Phase] | None = None,
     policy: core.Policy | None = None,
@@ -168,7 +170,9 @@ async def running(
         names[ModelId("chat")] = ("Chat", ("talk", "lab/Chat-7B"))
     desk = Desk(scheduler, names, kinds=kinds, logs=_no_logs, reload=_no_reload)
     bodies = bodies or Bodies(max_held_bytes)
-    settings = Settings(max_body_bytes, bodies, limits or Limits(), notice_s=notice_s)
+    settings = Settings(
+        max_body_bytes, bodies, limits or Limits(), pace or Pace(), notice_s=notice_s
+    )
     listener = socket.create_server(("127.0.0.1", 0))
     host, port = listener.getsockname()
     async with scheduler.running():

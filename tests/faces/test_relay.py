@@ -204,7 +204,8 @@ async def test_200_streams_at_once_keep_apart(path: Path) -> None:
             await asked.writer.drain()
         asked.writer.write(DONE + END)
 
-    async with Engine(path, script).running(), box.running({"chat": path}) as b:
+    pace = box.Pace(early_head_s=60.0)  # everybody waits for the last one
+    async with Engine(path, script).running(), box.running({"chat": path}, pace=pace) as b:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(b.ask(content=STREAM | {"n": n})) for n in range(200)]
         for n, task in enumerate(tasks):
