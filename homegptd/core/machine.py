@@ -14,6 +14,7 @@ from .events import (
     CancelAsked,
     ConfigChanged,
     EngineDied,
+    EngineSilent,
     Event,
     Observed,
     OperationAsked,
@@ -95,6 +96,8 @@ def _apply(d: Draft, event: Event) -> None:
             results.prove_ended(d, event)
         case EngineDied():
             results.engine_died(d, event)
+        case EngineSilent():
+            results.engine_silent(d, event)
         case Observed():
             _observe(d, event)
         case ConfigChanged():

@@ -366,6 +366,8 @@ class Answer:
         self._timer = self._loop.call_later(self._tick_s, self._tick)
         if self._early is not None and not self._full:
             self._show_life(self._early)
+        if self._heard:
+            self._connection.heard()
         if self._heard or (self._lease.frozen and not self._full):
             self._heard, self._idle_s = False, 0.0
             return
@@ -375,6 +377,8 @@ class Answer:
             if self._idle_s >= limits.client_s:
                 self._client.abort()  # which cancels this request
         elif self._idle_s >= (limits.between_bytes_s if self._head else limits.first_byte_s):
+            if self._connection.engine_silent_s() >= self._idle_s:
+                self._lease.silent(self._idle_s)
             self._lost(f"said nothing for {self._idle_s:g} s", again=False)
 
     def _show_life(self, early: Early) -> None:

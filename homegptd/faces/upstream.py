@@ -8,6 +8,7 @@ again, and one that turns out to be dead before the first byte is no news about 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, cast
@@ -139,6 +140,14 @@ class Connection(asyncio.Protocol):
         """Close, whatever is under way."""
         self._reusable = False
         self.leave()
+
+    def heard(self) -> None:
+        """The engine said something lately."""
+        self._pool.heard_at[self.address] = self._pool.loop.time()
+
+    def engine_silent_s(self) -> float:
+        """How long the engine has said nothing, over any connection, in seconds."""
+        return self._pool.loop.time() - self._pool.heard_at.get(self.address, -math.inf)
 
     @property
     def usable(self) -> bool:
@@ -273,6 +282,7 @@ class Pool:
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._idle: dict[Address, list[Connection]] = {}
+        self.heard_at: dict[Address, float] = {}
 
     def take(self, address: Address) -> Connection | None:
         """The connection that was used last, if it is fresh enough."""
@@ -301,7 +311,7 @@ class Pool:
 
     def keep(self, connection: Connection) -> None:
         idle = self._idle.setdefault(connection.address, [])
-        connection.idle_since = self.loop.time()
+        connection.idle_since = self.heard_at[connection.address] = self.loop.time()
         idle.append(connection)
         if len(idle) > _IDLE_PER_ENGINE:
             idle.pop(0).discard()

@@ -19,7 +19,7 @@ from typing import Any
 from aiohttp import web
 
 from homegptd.core import model as core
-from homegptd.core.commands import Command, Order, Start, Stop, Wake, Watch
+from homegptd.core.commands import Command, Order, Probe, Start, Stop, Wake, Watch
 from homegptd.core.events import EngineDied, Event, StartEnded, StopEnded, WakeEnded
 from homegptd.core.model import Awake, EngineSpec, Failure, Gpu, ModelId, SleepLevel, State, Traits
 from homegptd.faces import http
@@ -53,11 +53,11 @@ class Hands:
     async def _nothing(self, model: str) -> None:
         return
 
-    def carry_out(self, command: Order | Watch, group: asyncio.TaskGroup) -> None:
+    def carry_out(self, command: Order | Watch | Probe, group: asyncio.TaskGroup) -> None:
         self.given.append(command)
         group.create_task(self._do(command))
 
-    async def _do(self, command: Order | Watch) -> None:
+    async def _do(self, command: Order | Watch | Probe) -> None:
         match command:
             case Start(model, order):
                 await self.on_start(model)
