@@ -11,7 +11,7 @@ import uvloop
 
 from bench import step as steps
 from bench.kit import US, Report, arguments, spread
-from homegptd.core.commands import Order, Watch
+from homegptd.core.commands import Order, Probe, Watch
 from homegptd.core.model import ModelId, State
 from homegptd.runtime.scheduler import Scheduler
 
@@ -21,7 +21,7 @@ ROUNDS = 9
 class Nobody:
     """Nothing is ordered while requests for an awake model come and go."""
 
-    def carry_out(self, command: Order | Watch, group: asyncio.TaskGroup) -> None:
+    def carry_out(self, command: Order | Watch | Probe, group: asyncio.TaskGroup) -> None:
         raise AssertionError(f"{command} was not to be expected")
 
 

@@ -124,6 +124,15 @@ class VllmEngine:
                 answer = await self._ask("GET", "/v1/models", self._deadlines.ask_s)
             answer.required()
 
+    async def speak(self) -> None:
+        """Workers that wait for each other leave every endpoint answering (vllm#45094)."""
+        with cannot(f'get a word out of "{self._model}"'):
+            canary = await self._met()
+            if canary.kind is Kind.OTHER:
+                await self.check()
+            else:
+                await canary.sing(deadline_s=self._deadlines.canary_s, tokens=1)
+
     # --- telling
 
     async def sleep(self, level: SleepLevel, mode: SleepMode) -> Freed:

@@ -207,7 +207,8 @@ class Daemon:
 
     @asynccontextmanager
     async def _http(self, doors: Doors) -> AsyncIterator[None]:
-        settings, stored = router_settings(self.setup.config), Stored()
+        stored = Stored()
+        settings = router_settings(self.setup.config, self.options.state_dir)
         async with AsyncExitStack() as stack:
             door = http.build(
                 scheduler=self.scheduler,

@@ -15,6 +15,7 @@ from homegptd.adapters.vllm_canary import Kind
 from homegptd.config.schema import Config
 from homegptd.core.machine import initial
 from homegptd.core.model import Engine, ModelId, State
+from homegptd.faces.bodies import Bodies
 from homegptd.faces.relay import Limits
 from homegptd.faces.router import Settings as RouterSettings
 from homegptd.faces.upstream import Address
@@ -72,14 +73,15 @@ def address(at: Path | str) -> Address:
     return url.hostname or "127.0.0.1", url.port or 80
 
 
-def router_settings(config: Config) -> RouterSettings:
+def router_settings(config: Config, spool: Path) -> RouterSettings:
+    """`spool`: the directory for bodies that do not stay in memory."""
     router = config.router
     limits = Limits(
         first_byte_s=router.first_byte_timeout_s, between_bytes_s=router.between_bytes_timeout_s
     )
     return RouterSettings(
         max_body_bytes=router.max_body_bytes,
-        max_held_bytes=router.max_waiting_bytes,
+        bodies=Bodies(router.max_waiting_bytes, directory=spool),
         limits=limits,
         tasks_switch=router.background_tasks == "switch",
         realtime_idle_s=router.realtime_idle_s,

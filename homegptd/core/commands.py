@@ -53,6 +53,14 @@ class Watch:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """Have this incarnation say a word now; if it cannot, it is lost."""
+
+    model: ModelId
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
 class Grant:
     ticket: TicketId
 
@@ -78,4 +86,4 @@ class Finish:
 
 
 Order = Start | Wake | Sleep | Stop | Prove
-Command = Order | Watch | Grant | Refuse | Cut | Finish
+Command = Order | Watch | Probe | Grant | Refuse | Cut | Finish

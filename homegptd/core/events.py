@@ -98,6 +98,15 @@ class EngineDied:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineSilent:
+    """An answer was waited for in vain, and nobody else heard anything of the engine meanwhile."""
+
+    model: ModelId
+    incarnation: int
+    silent_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     """An engine that ran before we did. `traits` is None if it does not answer yet."""
 
@@ -140,6 +149,7 @@ Event = (
     | StopEnded
     | ProveEnded
     | EngineDied
+    | EngineSilent
     | Observed
     | ConfigChanged
     | ShutdownAsked

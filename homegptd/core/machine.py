@@ -14,6 +14,7 @@ from .events import (
     CancelAsked,
     ConfigChanged,
     EngineDied,
+    EngineSilent,
     Event,
     Observed,
     OperationAsked,
@@ -27,6 +28,7 @@ from .events import (
     TimePassed,
     WakeEnded,
 )
+from .forecast import retry_s
 from .goals import arranged, bootstrap, wakes
 from .model import (
     Act,
@@ -94,6 +96,8 @@ def _apply(d: Draft, event: Event) -> None:
             results.prove_ended(d, event)
         case EngineDied():
             results.engine_died(d, event)
+        case EngineSilent():
+            results.engine_silent(d, event)
         case Observed():
             _observe(d, event)
         case ConfigChanged():
@@ -127,7 +131,9 @@ def _why_not(d: Draft, ticket: Ticket) -> Refusal | None:
         return results.disabled_refusal(ticket.model)
     if len(d.waiting) >= d.policy.max_waiting:
         text = f"{len(d.waiting)} requests are waiting already"
-        return Refusal(Reason.QUEUE_FULL, text, retry_after_s=5.0)
+        return Refusal(
+            Reason.QUEUE_FULL, text, retry_after_s=retry_s(d.state(), ticket.model, d.now)
+        )
     if isinstance(engine.phase, Down | Stopping):
         failed = results.failed_refusal(d, engine)
         if failed is not None:
@@ -217,7 +223,8 @@ def _expire(d: Draft) -> None:
         d.waiting = [ticket for ticket in d.waiting if ticket.until > d.now]
         for ticket in late:
             text = f'waited {d.now - ticket.since:.0f} s for "{ticket.model}"'
-            d.refuse(ticket.id, Refusal(Reason.WAITED_TOO_LONG, text, retry_after_s=10.0))
+            again_s = retry_s(d.state(), ticket.model, d.now)
+            d.refuse(ticket.id, Refusal(Reason.WAITED_TOO_LONG, text, retry_after_s=again_s))
         d.call_at(min((ticket.until for ticket in d.waiting), default=None))
     for name, engine in list(d.engines.items()):
         match engine.phase:

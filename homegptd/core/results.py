@@ -5,9 +5,11 @@ A result counts only if it belongs to the order that the engine's phase is waiti
 
 from dataclasses import replace
 
+from .commands import Probe
 from .draft import Draft
 from .events import (
     EngineDied,
+    EngineSilent,
     Found,
     Observed,
     ProveEnded,
@@ -137,6 +139,15 @@ def engine_died(d: Draft, event: EngineDied) -> None:
             pass  # already known, ordered, or told by the start itself
         case Asleep() | Waking() | Awake() | Draining() | FallingAsleep() | Proving():
             _fail(d, engine, event.failure)
+
+
+def engine_silent(d: Draft, event: EngineSilent) -> None:
+    """A long silence is a reason to ask, not a proof: the prompt may be long, the queue full."""
+    engine = d.engines.get(event.model)
+    if engine is None or engine.incarnation != event.incarnation:
+        return
+    if isinstance(engine.phase, Awake | Draining):
+        d.say(Probe(event.model, event.incarnation))
 
 
 def observed(d: Draft, event: Observed) -> None:

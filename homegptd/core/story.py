@@ -15,6 +15,7 @@ from .commands import Cut, Finish, Refuse
 from .draft import Outcome
 from .events import (
     ConfigChanged,
+    EngineSilent,
     Event,
     Observed,
     OperationAsked,
@@ -287,6 +288,9 @@ def _failure(phase: Phase) -> Failure | None:
 
 def _trouble(before: State, event: Event, after: State, now: float) -> Iterator[Line]:
     match event:
+        case EngineSilent(model=name, silent_s=silent_s):
+            text = f"{name} said nothing for {span(silent_s)}; asking it for a word"
+            yield Line("warning", "silent", name, text)
         case StopEnded(model=name, failure=failure) if failure is not None:
             engine = after.engines.get(name)
             if engine is not None and before.engines.get(name) is not engine:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+import msgspec
 from aiohttp import web
 
 from homegptd.core.refusals import Reason, Refusal
@@ -95,6 +96,22 @@ def of_reason(
         param,
         _retry(word, row.http, after_s),
     )
+
+
+def said(status: int, content: bytes) -> Problem:
+    """What vLLM answered where it could not answer with a status any more."""
+    try:
+        found = msgspec.json.decode(content[content.find(b"{") : content.rfind(b"}") + 1])
+        told = found["error"]
+        return Problem(
+            status,
+            str(told.get("code") or status),
+            str(told["message"]),
+            str(told.get("type") or "server_error"),
+            param=told.get("param"),
+        )
+    except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
+        return Problem(status, str(status), f"the engine answered {status}", "server_error")
 
 
 _NEVER = {"x-should-retry": "false"}

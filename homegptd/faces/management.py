@@ -15,10 +15,10 @@ from homegptd.runtime.scheduler import Scheduler
 from homegptd.wire import control as wire
 
 from . import errors, methods
+from .bodies import read_body
 from .desk import Desk
 from .errors import Denied
 from .models import Models
-from .router import read_body
 from .views import can_serve
 
 _SMALL_BODY = 64 * 1024

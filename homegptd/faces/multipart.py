@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from .bodies import Body, Text, edited
 from .openai import NotUnderstood, is_yes
 
 _MOST_PARTS = 1000
@@ -53,12 +54,12 @@ class _Part:
     end: int
 
 
-def read(content_type: str, body: bytes) -> Form:
+def read(content_type: str, body: Text) -> Form:
     """The form in a body. Raises: NotUnderstood."""
     delimiter = _delimiter(content_type)
     lead = _LEAD.match(body)
     first = lead.end() if lead else 0
-    if not body.startswith(delimiter, first):
+    if body[first : first + len(delimiter)] != delimiter:
         raise NotUnderstood("the form does not begin with its boundary")
     model: _Part | None = None
     stream, last = False, first
@@ -75,17 +76,17 @@ def read(content_type: str, body: bytes) -> Form:
     return Form(name or None, stream, first, last, value, delimiter)
 
 
-def with_model(body: bytes, form: Form, model: str) -> bytes:
+def with_model(body: Body, form: Form, model: str) -> Body:
     """The same form naming `model`."""
     if form.value is None:
         return _with_parts(body, form, {"model": model}, {})
     start, end = form.value
-    return b"%s%s%s" % (body[:start], model.encode(), body[end:])
+    return edited(body, (start, end, model.encode()))
 
 
 def with_fields(
-    body: bytes, form: Form, defaults: Mapping[str, object], overrides: Mapping[str, object]
-) -> bytes:
+    body: Body, form: Form, defaults: Mapping[str, object], overrides: Mapping[str, object]
+) -> Body:
     """The same form with more fields: `defaults` before the client's, `overrides` after them.
 
     The last of two equal fields counts. What is no text, number or truth value has no form here.
@@ -94,12 +95,11 @@ def with_fields(
 
 
 def _with_parts(
-    body: bytes, form: Form, before: Mapping[str, str], after: Mapping[str, str]
-) -> bytes:
+    body: Body, form: Form, before: Mapping[str, str], after: Mapping[str, str]
+) -> Body:
     front = b"".join(_part(form, name, text) + b"\r\n" for name, text in before.items())
     back = b"".join(b"\r\n" + _part(form, name, text) for name, text in after.items())
-    first, last = form.first, form.last
-    return b"".join((body[:first], front, body[first:last], back, body[last:]))
+    return edited(body, (form.first, form.first, front), (form.last, form.last, back))
 
 
 def _part(form: Form, name: str, text: str) -> bytes:
@@ -128,13 +128,13 @@ def _delimiter(content_type: str) -> bytes:
         raise NotUnderstood("the boundary must be plain ASCII") from None
 
 
-def _parts(body: bytes, at: int, delimiter: bytes) -> Iterator[_Part]:
+def _parts(body: Text, at: int, delimiter: bytes) -> Iterator[_Part]:
     """Every part up to the closing delimiter. Raises: NotUnderstood."""
     at += len(delimiter)
     for _ in range(_MOST_PARTS):
-        if body.startswith(b"--", at):
+        if body[at : at + 2] == b"--":
             return
-        if not body.startswith(b"\r\n", at):
+        if body[at : at + 2] != b"\r\n":
             raise NotUnderstood("a boundary of the form is not followed by a line break")
         start = body.find(b"\r\n\r\n", at, at + _MOST_HEAD)
         if start < 0:
@@ -143,11 +143,11 @@ def _parts(body: bytes, at: int, delimiter: bytes) -> Iterator[_Part]:
         end = _end(body, start + 4, delimiter)
         yield _Part(name, is_file, start + 4, end)
         at = end + 2 + len(delimiter)
-    if not body.startswith(b"--", at):
+    if body[at : at + 2] != b"--":
         raise NotUnderstood(f"the form has more than {_MOST_PARTS} parts")
 
 
-def _end(body: bytes, at: int, delimiter: bytes) -> int:
+def _end(body: Text, at: int, delimiter: bytes) -> int:
     """Where the data that begins at `at` ends."""
     mark = b"\r\n" + delimiter
     end = body.find(mark, at)
@@ -175,7 +175,7 @@ def _head(raw: bytes) -> tuple[str, bool]:
     return names[0].decode("utf-8", "replace"), is_file
 
 
-def _text(body: bytes, part: _Part) -> str:
+def _text(body: Text, part: _Part) -> str:
     if part.end - part.start > _MOST_VALUE:
         raise NotUnderstood(f'the field "{part.name}" is longer than {_MOST_VALUE} bytes')
     try:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import msgspec
 
+from .bodies import Body, Text, edited, reading
+
 _SMALL = 64 * 1024
 _BUDGET = 1000
 """Strings and brackets the scanner looks at before it leaves the body to msgspec."""
@@ -61,23 +63,23 @@ _decoder = msgspec.json.Decoder(_Body)
 _scalar = msgspec.json.Decoder()
 
 
-def read(body: bytes) -> Wish:
+def read(body: Body) -> Wish:
     """The wish of a JSON body. Raises: NotUnderstood."""
-    found = _scan(body) if len(body) > _SMALL else None
-    if found is None:
-        found = _parse(body)
+    with reading(body) as text:
+        found = (_scan(text) if len(text) > _SMALL else None) or _parse(text)
     return _wish(found)
 
 
-def with_model(body: bytes, model: str) -> bytes:
+def with_model(body: Body, model: str) -> Body:
     """The same body naming `model`, whatever it named before; only for a body that was read.
 
     The name goes last, and the last of two equal keys counts, for vLLM as for the router.
     """
-    end = body.rindex(b"}")
-    empty = _MEMBER.match(body, body.index(b"{") + 1) is None
+    with reading(body) as text:
+        end = text.rfind(b"}")
+        empty = _MEMBER.match(text, text.find(b"{") + 1) is None
     comma = b"" if empty else b","
-    return b'%s%s"model":%s%s' % (body[:end], comma, msgspec.json.encode(model), body[end:])
+    return edited(body, (end, end, b'%s"model":%s' % (comma, msgspec.json.encode(model))))
 
 
 def _wish(found: _Body) -> Wish:
@@ -94,7 +96,7 @@ def is_yes(value: object) -> bool:
     return value.lower() in _YES if isinstance(value, str) else value in (True, 1)
 
 
-def _parse(body: bytes) -> _Body:
+def _parse(body: Text) -> _Body:
     try:
         return _decoder.decode(body)
     except msgspec.ValidationError:
@@ -107,7 +109,7 @@ def _parse(body: bytes) -> _Body:
         raise NotUnderstood(f"the body is not UTF-8: {error.reason}") from None
 
 
-def _scan(body: bytes) -> _Body | None:
+def _scan(body: Text) -> _Body | None:
     """None where the body is not plain enough."""
     found, depth, at, gaps = _Body(), 0, 0, 0
     if body[:64].lstrip(_SPACE)[:1] != b"{":
@@ -137,7 +139,7 @@ def _scan(body: bytes) -> _Body | None:
     return None
 
 
-def _string_end(body: bytes, at: int) -> int:
+def _string_end(body: Text, at: int) -> int:
     """The index of the quote that ends the string which begins at `at`; -1 if none does."""
     for _ in range(_BUDGET):
         end = body.find(b'"', at)
@@ -153,7 +155,7 @@ def _string_end(body: bytes, at: int) -> int:
     return -1
 
 
-def _key(body: bytes, start: int, end: int, found: _Body) -> bool:
+def _key(body: Text, start: int, end: int, found: _Body) -> bool:
     """Note the value if this is a key we look for. False: this needs a parser."""
     name = body[start:end] if end - start <= 64 else b""
     if name not in _KEYS:
@@ -171,7 +173,7 @@ def _key(body: bytes, start: int, end: int, found: _Body) -> bool:
     return True
 
 
-def _value(body: bytes, at: int) -> bytes | None:
+def _value(body: Text, at: int) -> bytes | None:
     """The scalar that begins at `at`; None if there is none."""
     if body[at : at + 1] == b'"':
         end = _string_end(body, at + 1)

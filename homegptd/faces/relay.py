@@ -27,11 +27,15 @@ from homegptd.core.refusals import Reason, Refusal
 from homegptd.runtime.scheduler import Lease
 
 from . import errors
+from .bodies import Body
+from .early import Early
 from .errors import Shape
 from .upstream import Address, Connection, Head, Pool
 
 _HOLD_CHUNK = 64 * 1024
 _HOLD_ANSWER = 1 << 20
+LOOK_S = 5.0
+"""Between two looks at whether an answer goes on, in seconds, and so between two comments."""
 _HOP_BY_HOP = frozenset(
     [b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-connection", b"te", b"trailer",
      b"transfer-encoding", b"upgrade"]
@@ -60,11 +64,13 @@ class Ask:
 
     path: str
     headers: bytes
-    body: bytes
+    body: Body
     shape: Shape
     method: str = "POST"
     learn: Callable[[bytes], None] | None = None
     """Gets the first bytes of an answer that is none of an error."""
+    replayable: bool = True
+    """Whether sending it twice does no harm. Otherwise it is sent once, on a new connection."""
 
     def head(self) -> bytes:
         line = f"{self.method} {self.path} HTTP/1.1\r\nHost: engine\r\n".encode()
@@ -87,6 +93,8 @@ class Broken(Exception):
         super().__init__(refusal.message)
         self.refusal, self.begun, self.again, self.sent = refusal, begun, again, sent
         self.kept = False
+        self.problem = errors.refused(refusal)
+        """What the client hears."""
 
 
 class Relayed(web.StreamResponse):
@@ -119,14 +127,18 @@ async def relay(
     pool: Pool,
     address: Address,
     limits: Limits,
+    early: Early | None = None,
 ) -> web.StreamResponse:
-    """Ask the engine at `address` and relay what it answers. Raises: Broken."""
+    """Ask the engine at `address` and relay what it answers. Raises: Broken.
+
+    `early` speaks where the engine says nothing; the answer continues what it began.
+    """
     old = request.version < HttpVersion11
-    connection = None if old else pool.take(address)
+    connection = None if old or not ask.replayable else pool.take(address)
     while True:
         if connection is None:
             connection = await _connect(pool, address, lease, unchunked=old)
-        answer = Answer(request, ask, connection, lease, limits, pool.loop)
+        answer = Answer(request, ask, connection, lease, limits, pool.loop, early)
         await answer.relayed()
         if not answer.stale:
             return KEPT if answer.keep_alive else CLOSED
@@ -138,7 +150,7 @@ async def _connect(pool: Pool, address: Address, lease: Lease, *, unchunked: boo
         return await pool.connect(address, unchunked=unchunked)
     except (OSError, TimeoutError) as error:
         raise Broken(
-            _fault(lease, f"cannot be reached ({error})"), begun=False, again=True
+            _fault(lease, f"cannot be reached ({error})"), again=True, sent=False
         ) from None
 
 
@@ -150,17 +162,17 @@ class Answer:
     """One answer on its way from an engine to a client."""
 
     __slots__ = (
-        "_ask", "_begun", "_chunked", "_client", "_connection", "_full", "_head", "_heard", "_held",
-        "_hold", "_idle_s", "_lease", "_limits", "_loop", "_over", "_problem", "_protocol",
-        "_request", "_spoiled", "_sse", "_status", "_tick_s", "_timer", "_torn", "_turn",
-        "keep_alive", "stale",
+        "_ask", "_begun", "_chunked", "_client", "_connection", "_early", "_full", "_head",
+        "_heard", "_held", "_hold", "_idle_s", "_last", "_lease", "_limits", "_loop", "_over",
+        "_owed", "_problem", "_protocol", "_request", "_spoiled", "_sse", "_status", "_tick_s",
+        "_timer", "_torn", "_turn", "keep_alive", "stale",
     )  # fmt: skip
 
     def __init__(
         self, request: web.BaseRequest, ask: Ask, connection: Connection, lease: Lease,
-        limits: Limits, loop: asyncio.AbstractEventLoop,
+        limits: Limits, loop: asyncio.AbstractEventLoop, early: Early | None,
     ) -> None:  # fmt: skip
-        self._request, self._ask, self._connection = request, ask, connection
+        self._request, self._ask, self._connection, self._early = request, ask, connection, early
         self._lease, self._limits, self._loop = lease, limits, loop
         self._protocol = request.protocol
         client = request.transport
@@ -169,7 +181,7 @@ class Answer:
         self._client = client
         self.keep_alive = request.keep_alive
         self.stale = False
-        self._head = b""
+        self._head = self._last = self._owed = b""
         self._status = 0
         self._sse = self._chunked = False
         self._held = bytearray()
@@ -178,7 +190,8 @@ class Answer:
         self._full = self._heard = False
         self._problem: Broken | None = None
         self._turn: asyncio.Future[None] = loop.create_future()
-        self._tick_s = min(limits.first_byte_s, limits.between_bytes_s, limits.client_s) / 8
+        self._tick_s = min(limits.first_byte_s / 8, limits.between_bytes_s / 8,
+                           limits.client_s / 8, LOOK_S)  # fmt: skip
         self._idle_s = 0.0
         self._timer = loop.call_later(self._tick_s, self._tick)
 
@@ -219,6 +232,10 @@ class Answer:
         if head.chunked and not self._chunked:
             self.keep_alive = False  # only the end of the connection can end this body
         self._head = self._client_head(head)
+        if self._early is not None and not self._sse:
+            self._early.disarm()
+            if self._early.given:
+                self._hold = _HOLD_ANSWER
 
     def _client_head(self, head: Head) -> bytes:
         version = b"1.1" if self._request.version >= HttpVersion11 else b"1.0"
@@ -249,6 +266,7 @@ class Answer:
             self._held = bytearray(data[:at])
             self._lost(what)
         elif self._begun:
+            self._last = data
             self._write(data)
         else:
             self._begin(data)
@@ -261,24 +279,42 @@ class Answer:
             self._spoiled = True
         if (self._spoiled or self._status >= 500) and (match := _DEATH.search(data)):
             return match.start(), "died over its answer"
-        if self._sse and not self._begun and b"data: [DONE]" in data and b"data: {" not in data:
+        if self._sse and not self._begun and b"data: {" not in data and (
+            self._connection.complete or b"data: [DONE]" in data
+        ):  # fmt: skip
             return 0, "gave up before it answered"
         return None
 
     def _begin(self, data: bytes) -> None:
         """The first bytes: from here on the request cannot be sent again."""
+        if self._early is not None:
+            self._early.disarm()
+            if self._early.given:
+                if not self._sse:
+                    self._no_stream(data)
+                    return
+                self._head = self._early.last_words("answers")
         self._begun = True
         if self._ask.learn is not None and self._status < 300:
             self._ask.learn(data)
+        self._last = data
         if not self._sse:
             self._hold = 0
         self._write(self._head + data)
 
+    def _no_stream(self, data: bytes) -> None:
+        """The client has status 200 and a stream already; what came is neither."""
+        self._end(_fault(self._lease, "answered without a stream"), again=False)
+        if self._problem is not None and self._status >= 400:
+            self._problem.problem = errors.said(self._status, data)
+            if self._status < 500:
+                self._lease.served()
+
     def on_end(self) -> None:
+        if not self._over and not self._begun:
+            self._begin(b"")
         if self._over:
             return
-        if not self._begun:
-            self._write(self._head)
         self._over = True
         if self._status < 500 and not self._spoiled and not self._client.is_closing():
             self._lease.served()
@@ -333,6 +369,10 @@ class Answer:
     def _tick(self) -> None:
         """Count silence in steps: time spent frozen does not count, whenever it began."""
         self._timer = self._loop.call_later(self._tick_s, self._tick)
+        if self._early is not None and not self._full:
+            self._show_life(self._early)
+        if self._heard:
+            self._connection.heard()
         if self._heard or (self._lease.frozen and not self._full):
             self._heard, self._idle_s = False, 0.0
             return
@@ -342,7 +382,22 @@ class Answer:
             if self._idle_s >= limits.client_s:
                 self._client.abort()  # which cancels this request
         elif self._idle_s >= (limits.between_bytes_s if self._head else limits.first_byte_s):
+            if self._connection.engine_silent_s() >= self._idle_s:
+                self._lease.silent(self._idle_s)
             self._lost(f"said nothing for {self._idle_s:g} s", again=False)
+
+    def _show_life(self, early: Early) -> None:
+        """Before the answer, and between two events of a stream that has fallen silent."""
+        if self._heard or not early.due():
+            return
+        if not self._begun:
+            if self._sse or not self._head:
+                early.speak()
+        elif self._sse and not self._torn and self._last.endswith((b"\n\n\r\n", b"\n\n")):
+            early.speak(answering=True)
+            self._owed = self._owed or early.last_words("goes on")
+            if not self._held.startswith(self._owed):
+                self._held[:0] = self._owed  # goes out before the next event
 
     def _lost(self, what: str, *, again: bool = True) -> None:
         self._end(_fault(self._lease, what), again=again)
@@ -352,7 +407,8 @@ class Answer:
             return
         self._over = True
         self._connection.discard()
-        self._problem = Broken(refusal, begun=self._begun, again=again and not self._begun)
+        again = again and not self._begun and self._ask.replayable
+        self._problem = Broken(refusal, begun=self._begun, again=again)
         self._wake()
         if self._begun:
             self._end_honestly(refusal)

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from aiohttp import web
 
-from homegptd.core.model import Awake, Draining, ModelId
-from homegptd.core.refusals import Reason, Refusal
+from homegptd.core import forecast
+from homegptd.core.model import Awake, Draining, ModelId, State
+from homegptd.core.refusals import Reason
 from homegptd.runtime.scheduler import Refused, Scheduler
 
 from . import adjust, errors, multipart, openai
+from .bodies import Bodies, Body, Hold, reading
+from .early import Early, Pace, speaks
 from .errors import Denied, Problem
 from .models import Models
 from .openai import NotUnderstood
@@ -31,8 +33,6 @@ from .upstream import Address, Pool
 log = logging.getLogger(__name__)
 
 
-_PIECE_S = 60.0
-"""Between two pieces of a request's body, in seconds."""
 _PASSED_ON = ("Content-Type", "Accept", "X-Request-Id")
 """Everything else stays here, keys above all."""
 
@@ -42,9 +42,10 @@ class Settings:
     """What the configuration says about the router."""
 
     max_body_bytes: int = 64 << 20
-    max_held_bytes: int = 256 << 20
-    """Bodies of all requests that wait or are answered, together."""
+    bodies: Bodies = field(default_factory=Bodies)
+    """Where they are held, and how many; shared by all doors."""
     limits: Limits = field(default_factory=Limits)
+    pace: Pace = field(default_factory=Pace)
     notice_s: float = 2.0
     notice_death_s: float = 15.0
     """How long to wait for news of an engine that broke off, or that cannot be reached at all."""
@@ -62,12 +63,12 @@ class _Request:
     model: ModelId
     stream: bool
     ask: Ask
-    again: bool = True
-    """Whether it may be sent a second time."""
     unasked: str = ""
     """Why it is no reason to bring its model up, where it is none."""
     grace_s: float = 0.0
     """How long it then waits for another reason."""
+    early: Early | None = None
+    """What speaks to the client while nothing answers; None: nothing does."""
 
 
 class Router:
@@ -88,38 +89,56 @@ class Router:
         self._settings = settings
         self._stored = stored or Stored()
         self.pool = Pool()
-        self._held_bytes = 0
+        settings.bodies.again_s = self._room_s
+        self._foreseen_in: State | None = None
+        self._foreseen: dict[ModelId, forecast.Outlook] = {}
+
+    def _room_s(self) -> float:
+        return forecast.room_s(self._scheduler.state, self._scheduler.loop.time())
 
     async def answer(self, request: web.BaseRequest, route: Route) -> web.StreamResponse:
         """The whole life of one request. Errors are answers here."""
         try:
             await _client_reads(request)
-            wanted = await self._read(request, route)
-            with self._holding(len(wanted.ask.body)):
-                return await self._serve_when_up(request, wanted)
+            with self._settings.bodies.hold() as hold:
+                wanted = await self._read(request, route, hold)
+                if wanted.early is None:
+                    return await self._serve_when_up(request, wanted)
+                return await self._serve_early(request, wanted, wanted.early)
         except Denied as denied:
             problem = denied.problem
         except Refused as refused:
             problem = errors.refused(refused.refusal)
         except Broken as broken:
-            if broken.refusal.reason is not Reason.CUT:  # the machine has told of a cut itself
-                log.warning("%s", broken.refusal.message)
+            _tell(broken)
             if broken.begun:
                 return KEPT if broken.kept else CLOSED
-            problem = errors.refused(broken.refusal)
+            problem = broken.problem
         return errors.response(problem, route.shape)
 
-    @contextmanager
-    def _holding(self, size: int) -> Iterator[None]:
-        """Keep a body until its request has ended. Raises: Denied where there are too many."""
-        if self._held_bytes + size > self._settings.max_held_bytes and self._held_bytes:
-            text = f"requests that wait hold {self._held_bytes >> 20} MiB already"
-            raise Denied(errors.refused(Refusal(Reason.QUEUE_FULL, text, retry_after_s=5.0)))
-        self._held_bytes += size
+    async def _serve_early(
+        self, request: web.BaseRequest, wanted: _Request, early: Early
+    ) -> web.StreamResponse:
+        """As `_serve`; once the early head is out, errors are events of the stream."""
         try:
-            yield
+            return await self._serve_when_up(request, wanted)
+        except Refused as refused:
+            if not early.given:
+                raise
+            problem = errors.refused(refused.refusal)
+        except Broken as broken:
+            if broken.begun or not early.given:
+                raise
+            _tell(broken)
+            problem = broken.problem
+        except Exception:
+            if not early.given:
+                raise
+            log.exception("%s failed after its early head", wanted.ask.path)
+            problem = errors.of_reason("internal", "this is a defect; the log has the story")
         finally:
-            self._held_bytes -= size
+            early.disarm()
+        return KEPT if early.fail(problem) else CLOSED
 
     async def _serve_when_up(
         self, request: web.BaseRequest, wanted: _Request
@@ -157,11 +176,13 @@ class Router:
             except Broken as broken:
                 tries += 1
                 sent += broken.sent
-                if not broken.again or sent > wanted.again or tries > 2:
+                if not broken.again or sent > 1 or tries > 2:
                     raise
                 log.info("%s; sending the request again", broken.refusal.message)
                 settings = self._settings
                 patience_s = settings.notice_s if broken.sent else settings.notice_death_s
+            if wanted.early is not None:
+                wanted.early.arm()
             await self._until_noticed(wanted.model, patience_s)
 
     async def _until_noticed(self, model: ModelId, patience_s: float) -> None:
@@ -197,6 +218,8 @@ class Router:
         lease = self._scheduler.lease(
             wanted.model, freezable=wanted.stream, may_switch=asks, replay=replay and asks
         )
+        if wanted.early is not None and not self._is_awake(wanted.model):
+            wanted.early.arm()
         async with lease:
             return await relay(
                 request,
@@ -205,55 +228,84 @@ class Router:
                 pool=self.pool,
                 address=self._addresses(wanted.model),
                 limits=self._settings.limits,
+                early=wanted.early,
             )
+
+    def _is_awake(self, model: ModelId) -> bool:
+        engine = self._scheduler.state.engines.get(model)
+        return engine is not None and isinstance(engine.phase, Awake)
+
+    def _early(self, request: web.BaseRequest, route: Route, model: ModelId) -> Early | None:
+        if not speaks(route.path):
+            return None
+        return Early(
+            request,
+            route.path,
+            model,
+            route.shape,
+            pace=self._settings.pace,
+            outlook=lambda: self._outlook(model),
+            loop=self._scheduler.loop,
+        )
+
+    def _outlook(self, model: ModelId) -> forecast.Outlook:
+        """Worked out once for all who wait for the model, and anew when the state has changed."""
+        state = self._scheduler.state
+        if state is not self._foreseen_in:
+            self._foreseen_in, self._foreseen = state, {}
+        found = self._foreseen.get(model)
+        if found is None:
+            found = forecast.outlook(state, model, self._scheduler.loop.time())
+            self._foreseen[model] = found
+        return found
 
     # ------------------------------------------------------------ what a request says
 
-    async def _read(self, request: web.BaseRequest, route: Route) -> _Request:
+    async def _read(self, request: web.BaseRequest, route: Route, hold: Hold) -> _Request:
         """Raises: Denied."""
         try:
             if route.where is Where.STORED:
                 return self._read_stored(request, route)
             if route.where is Where.FORM:
-                return await self._read_form(request, route)
-            return await self._read_json(request, route)
+                return await self._read_form(request, route, hold)
+            return await self._read_json(request, route, hold)
         except NotUnderstood as why:
             raise Denied(errors.bad_request(str(why), param=why.param)) from None
 
-    async def _read_json(self, request: web.BaseRequest, route: Route) -> _Request:
+    async def _read_json(self, request: web.BaseRequest, route: Route, hold: Hold) -> _Request:
         kind = request.content_type
         if kind != "application/json" and not kind.endswith("+json"):
             raise _wrong_kind(kind, "application/json")
-        body = await read_body(request, self._settings.max_body_bytes)
+        body = await hold.receive(request, self._settings.max_body_bytes)
         wish = openai.read(body)
         model = self._model(wish.model, route, previous=wish.previous)
         adjustment = self._models.adjustment(model)
         if adjustment:
-            body = adjust.adjusted(body, adjustment)
+            with reading(body) as text:
+                written = adjust.adjusted(bytes(text), adjustment)
+            body = hold.rewritten(written)
         if wish.model is None or self._models.find(wish.model) is None:
             body = openai.with_model(body, model)
         task = not (wish.stream or self._settings.tasks_switch) and is_task(body)
-        wanted = self._request(
-            route, model, Ask(route.path, _passed_on(request), body, route.shape)
-        )
+        ask = Ask(route.path, _passed_on(request), body, route.shape, replayable=not wish.stores)
         if route.stores:
-            learn = partial(self._learn, model)
-            wanted = replace(wanted, ask=replace(wanted.ask, learn=learn), again=not wish.stores)
+            ask = replace(ask, learn=partial(self._learn, model))
+        wanted = replace(self._request(route, model, ask), stream=wish.stream and route.streams)
         if task:
-            text = "it is a background task (router.background_tasks)"
-            wanted = replace(wanted, unasked=text, grace_s=self._settings.task_grace_s)
-        return replace(wanted, stream=wish.stream and route.streams)
+            why = "it is a background task (router.background_tasks)"
+            return replace(wanted, unasked=why, grace_s=self._settings.task_grace_s)
+        return replace(wanted, early=self._early(request, route, model) if wanted.stream else None)
 
-    async def _read_form(self, request: web.BaseRequest, route: Route) -> _Request:
+    async def _read_form(self, request: web.BaseRequest, route: Route, hold: Hold) -> _Request:
         if request.content_type != "multipart/form-data":
             raise _wrong_kind(request.content_type, "multipart/form-data")
-        body = await read_body(request, self._settings.max_body_bytes)
-        form = multipart.read(request.headers["Content-Type"], body)
+        body = await hold.receive(request, self._settings.max_body_bytes)
+        form = _form(request, body)
         model = self._model(form.model, route)
         adjustment = self._models.adjustment(model)
         if adjustment:
             body = multipart.with_fields(body, form, adjustment.defaults, adjustment.overrides)
-            form = multipart.read(request.headers["Content-Type"], body)
+            form = _form(request, body)
         if form.model is None or self._models.find(form.model) is None:
             body = multipart.with_model(body, form, model)
         ask = Ask(route.path, _passed_on(request), body, route.shape)
@@ -273,7 +325,8 @@ class Router:
 
     def _request(self, route: Route, model: ModelId, ask: Ask) -> _Request:
         unasked = "" if route.wakes else f"{route.method} {route.path} wakes no model"
-        return _Request(model, False, ask, again=not route.once, unasked=unasked)
+        ask = replace(ask, replayable=False) if route.once else ask
+        return _Request(model, False, ask, unasked=unasked)
 
     def _learn(self, model: ModelId, data: bytes) -> None:
         self._stored.learn(data, model, self._scheduler.state.engines[model].incarnation)
@@ -304,6 +357,11 @@ class Router:
         return model
 
 
+def _form(request: web.BaseRequest, body: Body) -> multipart.Form:
+    with reading(body) as text:
+        return multipart.read(request.headers["Content-Type"], text)
+
+
 def _wrong_kind(kind: str, wanted: str) -> Denied:
     text = f'the content type is "{kind}", it must be {wanted}'
     return Denied(errors.bad_request(text, status=415))
@@ -321,38 +379,10 @@ def _stream_query(request: web.BaseRequest) -> tuple[str, bool]:
     return (f"?{query}" if query else ""), stream
 
 
-async def read_body(request: web.BaseRequest, limit: int) -> bytes:
-    """The whole body. Raises: Denied (413) over `limit` bytes, before reading where it is known."""
-    if (request.content_length or 0) > limit:
-        raise _too_large(limit)
-    transport = request.transport
-    if request.headers.get("Expect", "").lower() == "100-continue" and transport is not None:
-        transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-    pieces: list[bytes] = []
-    size = 0
-    try:
-        while piece := await _next_piece(request):
-            size += len(piece)
-            if size > limit:
-                raise _too_large(limit)
-            pieces.append(piece)
-    except web.RequestPayloadError as error:
-        raise Denied(errors.bad_request(f"the body cannot be read: {error}")) from None
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
-async def _next_piece(request: web.BaseRequest) -> bytes:
-    """Raises: Denied (408) where the client stops in the middle of its body."""
-    try:
-        async with asyncio.timeout(_PIECE_S):
-            return await request.content.readany()
-    except TimeoutError:
-        text = f"no more of the body came for {_PIECE_S:.0f} s"
-        raise Denied(errors.bad_request(text, status=408)) from None
-
-
-def _too_large(limit: int) -> Denied:
-    return Denied(errors.of_reason("too-large", f"the body is larger than {limit} bytes"))
+def _tell(broken: Broken) -> None:
+    """A cut the machine has told of itself, and what vLLM says of a request is the client's."""
+    if broken.refusal.reason is not Reason.CUT and broken.problem.status >= 500:
+        log.warning("%s", broken.refusal.message)
 
 
 async def _client_reads(request: web.BaseRequest) -> None:

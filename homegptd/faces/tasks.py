@@ -11,6 +11,8 @@ import re
 
 import msgspec
 
+from .bodies import Body
+
 _LARGEST = 1 << 20
 _MARK = b"### Task:"
 _PROMPT = re.compile(
@@ -30,9 +32,9 @@ class _Chat(msgspec.Struct):
 _decoder = msgspec.json.Decoder(_Chat)
 
 
-def is_task(body: bytes) -> bool:
+def is_task(body: Body) -> bool:
     """Whether an unstreamed chat is one of them. Costs a byte search for every other one."""
-    if len(body) > _LARGEST or _MARK not in body:
+    if not isinstance(body, bytes) or len(body) > _LARGEST or _MARK not in body:
         return False
     try:
         messages = _decoder.decode(body).messages

@@ -8,10 +8,14 @@ again, and one that turns out to be dead before the first byte is no news about 
 from __future__ import annotations
 
 import asyncio
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, cast
 
 import httptools
+
+from .bodies import Body, Spooled
 
 Address: TypeAlias = str | tuple[str, int]
 """The path of a Unix socket, or host and port."""
@@ -61,6 +65,8 @@ class Connection(asyncio.Protocol):
         self._sink: Sink | None = None
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
+        self._unsent: Iterator[bytes] | None = None
+        self._choked = False
         self._forget()
 
     def _forget(self) -> None:
@@ -74,19 +80,36 @@ class Connection(asyncio.Protocol):
 
     # ------------------------------------------------------------ for the relay
 
-    def send(self, sink: Sink, head: bytes, body: bytes) -> None:
-        """Ask; the sink gets what comes back."""
+    def send(self, sink: Sink, head: bytes, body: Body) -> None:
+        """Ask; the sink gets what comes back, perhaps before the whole body is out."""
         self._forget()
         self.silent, self.complete, self._sink = True, False, sink
         transport = self._transport
         if transport is None or transport.is_closing():
             self._sink = None
             sink.on_lost("closed the connection")
+        elif isinstance(body, Spooled):
+            transport.write(head)
+            self._unsent = body.pieces()
+            self._send_on()
         elif len(body) < _ONE_WRITE:
             transport.write(head + body)
         else:
             transport.write(head)
             transport.write(body)
+
+    def _send_on(self) -> None:
+        """As much of a body on disk as the engine takes now."""
+        while self._unsent is not None and not self._choked and self.usable:
+            try:
+                piece = next(self._unsent, None)
+            except OSError as error:
+                self._break(f"cannot be sent what was held for it ({error})")
+                return
+            if piece is None:
+                self._unsent = None
+            elif self._transport is not None:
+                self._transport.write(piece)
 
     def at_boundary(self, data: bytes) -> bool:
         """Whether `data`, the newest, ends where a chunk of the transfer coding ends."""
@@ -105,17 +128,26 @@ class Connection(asyncio.Protocol):
         transport, self._sink = self._transport, None
         if transport is None or transport.is_closing():
             return
-        if self._reusable and not transport.get_write_buffer_size():
+        if self._reusable and self._unsent is None and not transport.get_write_buffer_size():
             self.used = True
             self.resume()
             self._pool.keep(self)
         else:
+            self._unsent = None
             transport.abort()  # vLLM aborts a request whose client is gone
 
     def discard(self) -> None:
         """Close, whatever is under way."""
         self._reusable = False
         self.leave()
+
+    def heard(self) -> None:
+        """The engine said something lately."""
+        self._pool.heard_at[self.address] = self._pool.loop.time()
+
+    def engine_silent_s(self) -> float:
+        """How long the engine has said nothing, over any connection, in seconds."""
+        return self._pool.loop.time() - self._pool.heard_at.get(self.address, -math.inf)
 
     @property
     def usable(self) -> bool:
@@ -180,13 +212,20 @@ class Connection(asyncio.Protocol):
         if self.complete and self._sink is sink:
             sink.on_end()
 
+    def pause_writing(self) -> None:
+        self._choked = True
+
+    def resume_writing(self) -> None:
+        self._choked = False
+        self._send_on()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._pool.drop(self)
         self._break("closed the connection" if exc is None else f"is gone ({exc})")
 
     def _break(self, why: str) -> None:
-        sink, self._sink = self._sink, None
+        sink, self._sink, self._unsent = self._sink, None, None
         self._reusable = False
         if self._transport is not None:
             self._transport.abort()
@@ -243,6 +282,7 @@ class Pool:
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._idle: dict[Address, list[Connection]] = {}
+        self.heard_at: dict[Address, float] = {}
 
     def take(self, address: Address) -> Connection | None:
         """The connection that was used last, if it is fresh enough."""
@@ -271,7 +311,7 @@ class Pool:
 
     def keep(self, connection: Connection) -> None:
         idle = self._idle.setdefault(connection.address, [])
-        connection.idle_since = self.loop.time()
+        connection.idle_since = self.heard_at[connection.address] = self.loop.time()
         idle.append(connection)
         if len(idle) > _IDLE_PER_ENGINE:
             idle.pop(0).discard()

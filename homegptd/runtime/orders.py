@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import TypeVar, assert_never
 
-from homegptd.core.commands import Order, Prove, Sleep, Start, Stop, Wake, Watch
+from homegptd.core.commands import Order, Probe, Prove, Sleep, Start, Stop, Wake, Watch
 from homegptd.core.events import (
     EngineDied,
     Event,
@@ -77,6 +77,7 @@ class Orders:
         self._limits = limits
         self._running: dict[ModelId, asyncio.Task[None]] = {}
         self._watching: dict[ModelId, asyncio.Task[None]] = {}
+        self._asking: dict[ModelId, asyncio.Task[None]] = {}
         self._post: Callable[[Event], None] = _nobody
         self._state: Callable[[], State] = State
 
@@ -84,8 +85,14 @@ class Orders:
         """Where events go and where the newest state is: the scheduler is made after us."""
         self._post, self._state = post, state
 
-    def carry_out(self, command: Order | Watch, group: asyncio.TaskGroup) -> None:
+    def carry_out(self, command: Order | Watch | Probe, group: asyncio.TaskGroup) -> None:
         name = f"{type(command).__name__.lower()} {command.model}"
+        if isinstance(command, Probe):
+            asking = self._asking.get(command.model)
+            if asking is None or asking.done():  # one question is enough for many who wait
+                task = group.create_task(self._ask(command), name=name)
+                self._asking[command.model] = task
+            return
         if isinstance(command, Watch):
             task = group.create_task(self._watch(command), name=name)
             _replace(self._watching, command.model, task)
@@ -93,6 +100,7 @@ class Orders:
         before = self._running.pop(command.model, None)
         if isinstance(command, Stop):
             _cancel(self._watching.pop(command.model, None))
+            _cancel(self._asking.pop(command.model, None))
         _cancel(before)
         self._running[command.model] = group.create_task(self._report(command, before), name=name)
 
@@ -249,6 +257,22 @@ class Orders:
             self._post(EngineDied(model, watch.incarnation, failure, ended))
         else:
             self._post(EngineDied(model, watch.incarnation, ended))
+
+    async def _ask(self, probe: Probe) -> None:
+        """A probe that generates: a deadlock among its workers leaves all others answering."""
+        model = probe.model
+        try:
+            await self._engines[model].speak()
+        except Fault as fault:
+            failure = _failure(fault)
+        except Exception as error:
+            log.exception("asking %s failed in an unexpected way", model)
+            failure = Failure(f"nobody can ask it: {type(error).__name__}: {error}")
+        else:
+            return
+        engine = self._state().engines.get(model)
+        if engine is not None and isinstance(engine.phase, Awake | Draining):
+            self._post(EngineDied(model, probe.incarnation, failure))
 
     async def _until_hung(self, model: ModelId) -> Failure:
         """A settled engine is asked across its core. One that carries out an order is only looked

@@ -61,6 +61,9 @@ class EnginePort(Protocol):
     async def check(self) -> None:
         """A liveness probe that crosses into the engine; raises `Fault` if hung or a zombie."""
 
+    async def speak(self) -> None:
+        """Awake, and perhaps busy: one word of the model itself. Raises `Fault` if none comes."""
+
     async def prove(self, proof: Proof) -> str:
         """Try what `proof` claims on this box; returns what was compared. Raises `Fault`."""
 

@@ -13,9 +13,10 @@ from contextlib import asynccontextmanager, contextmanager
 from types import TracebackType
 from typing import Protocol
 
-from homegptd.core.commands import Command, Cut, Finish, Grant, Order, Refuse, Watch
+from homegptd.core.commands import Command, Cut, Finish, Grant, Order, Probe, Refuse, Watch
 from homegptd.core.events import (
     CancelAsked,
+    EngineSilent,
     Event,
     OperationAsked,
     RequestArrived,
@@ -60,7 +61,7 @@ class _OverError(Exception):
 class Carrier(Protocol):
     """Carries out orders as tasks of the group it is given; each ends in one event."""
 
-    def carry_out(self, command: Order | Watch, group: asyncio.TaskGroup) -> None: ...
+    def carry_out(self, command: Order | Watch | Probe, group: asyncio.TaskGroup) -> None: ...
 
 
 class Lease:
@@ -91,6 +92,10 @@ class Lease:
     def served(self) -> None:
         """The whole answer went out."""
         self._served = True
+
+    def silent(self, seconds: float) -> None:
+        """Nobody has heard anything of the engine for so long, and something was due."""
+        self._scheduler.suspect(self.ticket, seconds)
 
     async def __aenter__(self) -> "Lease":
         """Wait for the engine. Raises: Refused."""
@@ -295,6 +300,11 @@ class Scheduler:
         return (
             engine is not None and ticket.id in held(engine) and not hasattr(engine.phase, "leases")
         )
+
+    def suspect(self, ticket: Ticket, seconds: float) -> None:
+        engine = self._state.engines.get(ticket.model)
+        if engine is not None and ticket.id in held(engine):
+            self.post(EngineSilent(ticket.model, engine.incarnation, seconds))
 
     def _settle(self, ticket: TicketId, *, outcome: Refusal | bool) -> None:
         lease = self._leases.get(ticket)

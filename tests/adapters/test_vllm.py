@@ -395,3 +395,13 @@ async def odd_server(path: Path, answer: bytes | None) -> AsyncIterator[None]:
         yield
         async with closed:
             await closed.wait_for(lambda: not open_connections)
+
+
+async def test_a_model_that_is_asked_for_a_word_says_one_or_is_at_fault(tmp_path: Path) -> None:
+    async with box(tmp_path) as b:
+        await b.engine.identify()
+        await b.engine.speak()
+        b.order("hang@chat")
+        await b.engine.check()  # every other question is answered
+        with pytest.raises(Hung, match='cannot get a word out of "coder"'):
+            await b.engine.speak()

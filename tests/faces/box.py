@@ -19,11 +19,13 @@ from typing import Any
 from aiohttp import web
 
 from homegptd.core import model as core
-from homegptd.core.commands import Command, Order, Start, Stop, Wake, Watch
+from homegptd.core.commands import Command, Order, Probe, Start, Stop, Wake, Watch
 from homegptd.core.events import EngineDied, Event, StartEnded, StopEnded, WakeEnded
 from homegptd.core.model import Awake, EngineSpec, Failure, Gpu, ModelId, SleepLevel, State, Traits
 from homegptd.faces import http
+from homegptd.faces.bodies import Bodies
 from homegptd.faces.desk import Desk
+from homegptd.faces.early import Pace
 from homegptd.faces.guard import Guard
 from homegptd.faces.relay import Limits
 from homegptd.faces.router import Settings
@@ -51,11 +53,11 @@ class Hands:
     async def _nothing(self, model: str) -> None:
         return
 
-    def carry_out(self, command: Order | Watch, group: asyncio.TaskGroup) -> None:
+    def carry_out(self, command: Order | Watch | Probe, group: asyncio.TaskGroup) -> None:
         self.given.append(command)
         group.create_task(self._do(command))
 
-    async def _do(self, command: Order | Watch) -> None:
+    async def _do(self, command: Order | Watch | Probe) -> None:
         match command:
             case Start(model, order):
                 await self.on_start(model)
@@ -133,6 +135,8 @@ async def running(
     task_grace_s: float = 5.0,
     max_body_bytes: int = 64 << 20,
     max_held_bytes: int = 256 << 20,
+    bodies: Bodies | None = None,
+    pace: Pace | None = None,
     kinds: dict[str, str] | None = None,
     phases: dict[str, core.Phase] | None = None,
     policy: core.Policy | None = None,
@@ -166,8 +170,9 @@ async def running(
     if "chat" in addresses:
         names[ModelId("chat")] = ("Chat", ("talk", "lab/Chat-7B"))
     desk = Desk(scheduler, names, kinds=kinds, logs=_no_logs, reload=_no_reload)
+    bodies = bodies or Bodies(max_held_bytes)
     settings = Settings(
-        max_body_bytes, max_held_bytes, limits or Limits(), notice_s=notice_s,
+        max_body_bytes, bodies, limits or Limits(), pace or Pace(), notice_s=notice_s,
         task_grace_s=task_grace_s,
     )  # fmt: skip
     listener = socket.create_server(("127.0.0.1", 0))

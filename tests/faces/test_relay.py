@@ -204,7 +204,8 @@ async def test_200_streams_at_once_keep_apart(path: Path) -> None:
             await asked.writer.drain()
         asked.writer.write(DONE + END)
 
-    async with Engine(path, script).running(), box.running({"chat": path}) as b:
+    pace = box.Pace(early_head_s=60.0)  # everybody waits for the last one
+    async with Engine(path, script).running(), box.running({"chat": path}, pace=pace) as b:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(b.ask(content=STREAM | {"n": n})) for n in range(200)]
         for n, task in enumerate(tasks):
@@ -598,6 +599,39 @@ async def test_a_silent_engine_is_given_up(path: Path) -> None:
         later = await b.ask(content=STREAM | {"late": True})
         assert "said nothing for 0.2" in json.loads(later.events[-1])["error"]["message"]
         await b.until(lambda: b.leases() == 0)
+
+
+def suspected(b: box.Box) -> int:
+    return sum(isinstance(each, box.Probe) for each in b.hands.given)
+
+
+async def test_an_engine_that_says_nothing_to_anybody_is_asked_for_a_word(path: Path) -> None:
+    async def script(asked: Asked) -> None:
+        await asked.hung_up()
+
+    limits = box.Limits(first_byte_s=0.2)
+    async with Engine(path, script).running(), box.running({"chat": path}, limits=limits) as b:
+        assert (await b.ask(content=HELLO)).status == 502
+        assert suspected(b) == 1
+
+
+async def test_an_engine_that_answers_others_is_not_suspected(path: Path) -> None:
+    async def script(asked: Asked) -> None:
+        if not asked.json.get("stream"):
+            await asked.hung_up()
+            return
+        asked.writer.write(SSE)
+        while not asked.writer.is_closing():
+            asked.writer.write(token("a"))
+            await asyncio.sleep(0.01)
+
+    limits = box.Limits(first_byte_s=0.4)
+    async with Engine(path, script).running(), box.running({"chat": path}, limits=limits) as b:
+        client = await b.connect()
+        client.send(content=STREAM)
+        await client.head()
+        assert (await b.ask(content=HELLO)).status == 502
+        assert suspected(b) == 0
 
 
 async def test_time_spent_frozen_is_no_silence(path: Path) -> None:

@@ -13,6 +13,7 @@ from homegptd.core.commands import (
     Cut,
     Finish,
     Grant,
+    Probe,
     Prove,
     Refuse,
     Sleep,
@@ -215,7 +216,7 @@ class Box:
                 self.cut.add(ticket_id)
             case Finish(ended):
                 del self.operations[ended.operation.id]  # KeyError: ended twice
-            case Watch():
+            case Watch() | Probe():
                 pass
 
     def _answer(self, ticket: TicketId) -> None:

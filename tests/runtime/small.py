@@ -86,6 +86,9 @@ class SmallEngine:
         if self.hung:
             raise Fault(f'"{self.name}" hangs')
 
+    async def speak(self) -> None:
+        await self._does("speak", 1.0)
+
     async def prove(self, proof: Proof) -> str:
         await self._does("prove", 1.0)
         return "equal"

@@ -9,6 +9,7 @@ import pytest
 from homegptd.core.commands import Order, Prove, Sleep, Start, Stop, Wake, Watch
 from homegptd.core.events import (
     EngineDied,
+    EngineSilent,
     Event,
     ProveEnded,
     SleepEnded,
@@ -22,6 +23,7 @@ from homegptd.core.model import (
     Exit,
     Failure,
     FallingAsleep,
+    ModelId,
     OrderId,
     Proof,
     SleepLevel,
@@ -417,3 +419,74 @@ async def test_an_order_that_takes_far_longer_than_usual_is_given_up() -> None:
         small.scheduler.operate(Act.SWITCH, B, by="test")
         await small.until(lambda: small.engine(A).failures > 0)
         assert small.loop.time() - began < 60.0
+
+
+# ---------------------------------------------------------------- questions out of turn
+
+
+def asked(small: Small, model: ModelId) -> int:
+    return small.engines[model].calls.count("speak")
+
+
+@jumping
+async def test_an_engine_that_answers_everything_but_prompts_is_lost() -> None:
+    async with Small().running() as small:
+        await small.until_booted()
+        small.engines[A].breaks["speak"] = Fault("no word came")
+        for _ in range(5):  # as many as waited in vain
+            small.scheduler.post(EngineSilent(A, small.engine(A).incarnation, 600.0))
+        await small.until(lambda: small.engine(A).failures == 1)
+        (event,) = small.told(EngineDied)
+        assert isinstance(event, EngineDied)
+        assert event.failure.message == "no word came"
+        assert asked(small, A) == 1
+        assert "a said nothing for 10 min; asking it for a word" in small.lines
+        del small.engines[A].breaks["speak"]
+        await small.until(lambda: isinstance(small.engine(A).phase, Awake))
+
+
+@jumping
+async def test_an_engine_that_says_a_word_was_only_slow() -> None:
+    async with Small().running() as small:
+        await small.until_booted()
+        for _ in range(2):
+            small.scheduler.post(EngineSilent(A, small.engine(A).incarnation, 600.0))
+            await asyncio.sleep(5.0)
+        assert asked(small, A) == 2
+        assert not small.told(EngineDied)
+
+
+@jumping
+async def test_news_of_an_engine_that_sleeps_or_is_another_by_now_mean_nothing() -> None:
+    async with Small().running() as small:
+        await small.until_booted()
+        small.scheduler.post(EngineSilent(B, small.engine(B).incarnation, 600.0))
+        small.scheduler.post(EngineSilent(A, small.engine(A).incarnation - 1, 600.0))
+        small.scheduler.post(EngineSilent(ModelId("gone"), 1, 600.0))
+        await asyncio.sleep(5.0)
+        assert asked(small, A) == asked(small, B) == 0
+
+
+@jumping
+async def test_a_question_that_a_sleep_overtook_is_no_news() -> None:
+    async with Small().running() as small:
+        await small.until_booted()
+
+        async def speak() -> None:
+            await asyncio.sleep(30.0)
+            raise Fault("asleep by now")
+
+        small.engines[A].speak = speak  # type: ignore[method-assign]
+        small.scheduler.post(EngineSilent(A, small.engine(A).incarnation, 600.0))
+        small.scheduler.operate(Act.SLEEP, A, by="me")
+        await asyncio.sleep(40.0)
+        assert not small.told(EngineDied)
+
+
+@jumping
+async def test_a_question_that_breaks_in_an_unexpected_way_counts_as_no_answer() -> None:
+    async with Small().running() as small:
+        await small.until_booted()
+        small.engines[A].breaks["speak"] = RuntimeError("a bug")
+        small.scheduler.post(EngineSilent(A, small.engine(A).incarnation, 600.0))
+        await small.until(lambda: bool(small.told(EngineDied)))

@@ -20,6 +20,7 @@ from homegptd.core.commands import (
     Cut,
     Finish,
     Grant,
+    Probe,
     Prove,
     Refuse,
     Sleep,
@@ -254,7 +255,7 @@ class Story:
                 yield f"> refuse {ticket}: {refusal.reason.value}{after}"
             case Cut(ticket):
                 yield f"> cut {ticket}"
-            case Finish() | Watch():
+            case Finish() | Watch() | Probe():
                 pass
 
 
