@@ -19,11 +19,12 @@ from homegptd.core.refusals import Reason
 from homegptd.runtime.scheduler import Refused, Scheduler
 
 from . import errors, openai
+from .ask import CLOSED, KEPT, Ask, Broken, Limits
 from .bodies import Bodies, Hold
 from .early import Early, Pace, speaks
 from .errors import Denied, Shape
 from .models import Models
-from .relay import CLOSED, KEPT, Ask, Broken, Limits, relay
+from .relay import relay
 from .upstream import Address, Pool
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,9 @@ ROUTES = (
     Route("/pooling", kinds=_POOLING),
     Route("/classify", kinds=_POOLING),
 )
+_READ_TIMEOUT = "x-stainless-read-timeout"
+"""The SDKs of OpenAI and Anthropic say in it how many seconds they wait for a byte."""
+_JUST_BEFORE = 0.98
 _PASSED_ON = ("Content-Type", "Accept", "X-Request-Id")
 """Everything else stays here, keys above all."""
 
@@ -67,7 +71,7 @@ class Settings:
     max_body_bytes: int = 64 << 20
     bodies: Bodies = field(default_factory=Bodies)
     """Where they are held, and how many; shared by all doors."""
-    limits: Limits = field(default_factory=Limits)
+    limits: Callable[[ModelId], Limits] = lambda model: Limits()
     pace: Pace = field(default_factory=Pace)
     notice_s: float = 2.0
     notice_death_s: float = 15.0
@@ -81,6 +85,7 @@ class _Request:
     model: ModelId
     stream: bool
     ask: Ask
+    since: float
     early: Early | None
     """What speaks to the client while nothing answers; None: nothing does."""
 
@@ -202,7 +207,12 @@ class Router:
     async def _try(
         self, request: web.BaseRequest, wanted: _Request, *, replay: bool
     ) -> web.StreamResponse:
-        lease = self._scheduler.lease(wanted.model, freezable=wanted.stream, replay=replay)
+        lease = self._scheduler.lease(
+            wanted.model,
+            freezable=wanted.stream,
+            max_wait_s=self._patience_s(request, wanted),
+            replay=replay,
+        )
         if wanted.early is not None and not self._is_awake(wanted.model):
             wanted.early.arm()
         async with lease:
@@ -212,9 +222,26 @@ class Router:
                 lease=lease,
                 pool=self.pool,
                 address=self._addresses(wanted.model),
-                limits=self._settings.limits,
+                limits=self._settings.limits(wanted.model),
                 early=wanted.early,
             )
+
+    def _patience_s(self, request: web.BaseRequest, wanted: _Request) -> float | None:
+        """How long the client itself waits, where it says so and nothing is told it meanwhile.
+
+        An answer just before is worth more than a connection that it drops.
+        """
+        said = request.headers.get(_READ_TIMEOUT)
+        if said is None or wanted.early is not None:
+            return None
+        try:
+            seconds = float(said)
+        except ValueError:
+            return None
+        if not seconds > 0.0:
+            return None
+        waited_s = self._scheduler.loop.time() - wanted.since
+        return max(seconds * _JUST_BEFORE - waited_s, 0.0)
 
     def _is_awake(self, model: ModelId) -> bool:
         engine = self._scheduler.state.engines.get(model)
@@ -237,7 +264,7 @@ class Router:
             body = openai.with_model(body, model)
         ask = Ask(route.path, _passed_on(request), body, route.shape)
         early = self._early(request, route, model) if wish.stream else None
-        return _Request(model, wish.stream, ask, early)
+        return _Request(model, wish.stream, ask, self._scheduler.loop.time(), early)
 
     def _early(self, request: web.BaseRequest, route: Route, model: ModelId) -> Early | None:
         if not speaks(route.path):
