@@ -125,13 +125,10 @@ class VllmEngine:
             answer.required()
 
     async def speak(self) -> None:
-        """Workers that wait for each other leave every endpoint answering (vllm#45094)."""
+        """Workers that wait for each other leave all else answering (vllm#45094)."""
+        await self.check()
         with cannot(f'get a word out of "{self._model}"'):
-            canary = await self._met()
-            if canary.kind is Kind.OTHER:
-                await self.check()
-            else:
-                await canary.sing(deadline_s=self._deadlines.canary_s, tokens=1)
+            await (await self._met()).sing(deadline_s=self._deadlines.canary_s, tokens=1)
 
     # --- telling
 

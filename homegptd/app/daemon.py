@@ -26,6 +26,7 @@ from homegptd.core.model import ModelId
 from homegptd.core.refusals import Fault
 from homegptd.core.story import Line, summary
 from homegptd.faces import http
+from homegptd.faces.ask import Limits
 from homegptd.faces.control import ControlServer
 from homegptd.faces.desk import Desk
 from homegptd.faces.methods import Refused
@@ -208,7 +209,7 @@ class Daemon:
     @asynccontextmanager
     async def _http(self, doors: Doors) -> AsyncIterator[None]:
         stored = Stored()
-        settings = router_settings(self.setup.config, self.options.state_dir)
+        settings = router_settings(self.setup.config, self.options.state_dir, self._limits)
         async with AsyncExitStack() as stack:
             door = http.build(
                 scheduler=self.scheduler,
@@ -229,6 +230,9 @@ class Daemon:
                 )
                 await _serve(stack, door, sockets)
             yield
+
+    def _limits(self, model: ModelId) -> Limits:
+        return self.setup.limits.get(model) or Limits()
 
     def _engine_address(self, model: ModelId) -> Address:
         return address(self.setup.addresses[model])

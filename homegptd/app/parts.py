@@ -2,7 +2,7 @@
 
 import fcntl
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +15,9 @@ from homegptd.adapters.vllm_canary import Kind
 from homegptd.config.schema import Config
 from homegptd.core.machine import initial
 from homegptd.core.model import Engine, ModelId, State
+from homegptd.faces.ask import Limits
 from homegptd.faces.bodies import Bodies
-from homegptd.faces.relay import Limits
+from homegptd.faces.early import Pace
 from homegptd.faces.router import Settings as RouterSettings
 from homegptd.faces.upstream import Address
 
@@ -73,16 +74,16 @@ def address(at: Path | str) -> Address:
     return url.hostname or "127.0.0.1", url.port or 80
 
 
-def router_settings(config: Config, spool: Path) -> RouterSettings:
+def router_settings(
+    config: Config, spool: Path, limits: Callable[[ModelId], Limits]
+) -> RouterSettings:
     """`spool`: the directory for bodies that do not stay in memory."""
     router = config.router
-    limits = Limits(
-        first_byte_s=router.first_byte_timeout_s, between_bytes_s=router.between_bytes_timeout_s
-    )
     return RouterSettings(
         max_body_bytes=router.max_body_bytes,
         bodies=Bodies(router.max_waiting_bytes, directory=spool),
         limits=limits,
+        pace=Pace(early_head_s=router.early_head_s),
         tasks_switch=router.background_tasks == "switch",
         realtime_idle_s=router.realtime_idle_s,
     )

@@ -18,6 +18,7 @@ from homegptd.core.model import (
     Startup,
 )
 from homegptd.faces.adjust import Adjustment
+from homegptd.faces.ask import Limits
 
 HOST_MIB_PER_ENGINE = 4096
 """RAM of one engine's processes without pinned weights: 3 to 6 GiB were seen (vLLM 0.32)."""
@@ -52,6 +53,8 @@ class Setup:
     host_mib: int
     launches: Mapping[ModelId, Launch]
     addresses: Mapping[ModelId, Path | str]
+    limits: Mapping[ModelId, Limits]
+    """How long each engine may say nothing over an answer."""
 
     def fingerprint(self, model: ModelId) -> str | None:
         """Of all that an engine is started with and reached by; None if there is no such model."""
@@ -94,6 +97,7 @@ def set_up(config: Config, places: Places) -> Setup:
         host_mib=_host_mib(config),
         launches={ModelId(m.id): _launch(m, places) for m in config.models},
         addresses={ModelId(m.id): _address(m, places) for m in config.models},
+        limits={ModelId(m.id): _limits(m, config.router) for m in config.models},
     )
 
 
@@ -189,6 +193,14 @@ def _launch(model: ModelConfig, places: Places) -> Launch:
     env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1"}
     given = dict(model.engine.env) if model.engine else {}
     return Launch(argv=argv, env={**env, **given}, socket=socket, log=places.log(model.id))
+
+
+def _limits(model: ModelConfig, router: RouterConfig) -> Limits:
+    first, between = model.first_byte_timeout_s, model.between_bytes_timeout_s
+    return Limits(
+        first_byte_s=router.first_byte_timeout_s if first is None else first,
+        between_bytes_s=router.between_bytes_timeout_s if between is None else between,
+    )
 
 
 def _address(model: ModelConfig, places: Places) -> Path | str:

@@ -146,6 +146,8 @@ def _model(item: Item, *, base: Defaults, cards: Sequence[GpuConfig], limit_s: f
         auto_switch=table.get("auto_switch", flag, default=True),
         drain_s=table.get("drain_s", SECONDS, None),
         on_deadline=table.get("on_deadline", DEADLINE, None),
+        first_byte_timeout_s=table.get("first_byte_timeout_s", SECONDS_ABOVE_0, None),
+        between_bytes_timeout_s=table.get("between_bytes_timeout_s", SECONDS_ABOVE_0, None),
         request=request(table),
         engine=engine,
         start_limit_s=(engine and engine.start_timeout_s) or limit_s,

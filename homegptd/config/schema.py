@@ -145,6 +145,10 @@ class ModelConfig:
     """Overrides `router.drain_s` for this model."""
     on_deadline: DeadlinePolicy | None = None
     """Overrides `router.on_deadline` for this model."""
+    first_byte_timeout_s: float | None = None
+    """Overrides `router.first_byte_timeout_s` for this model."""
+    between_bytes_timeout_s: float | None = None
+    """Overrides `router.between_bytes_timeout_s` for this model."""
     request: RequestConfig = RequestConfig()
     """What is set in requests for it."""
     engine: EngineConfig | None = None
@@ -231,6 +235,8 @@ class RouterConfig:
     """Seconds a request waits for its model before it is refused."""
     max_body_mib: int = 64
     """MiB of one request's body; images travel inside."""
+    early_head_s: float = 1.5
+    """Seconds after which a stream that waits begins, with status 200 and signs of life."""
     first_byte_timeout_s: float = 600.0
     """Seconds from sending a request to an awake engine to the first byte of its answer."""
     between_bytes_timeout_s: float = 120.0

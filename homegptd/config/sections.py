@@ -94,6 +94,7 @@ def router(root: Table) -> RouterConfig:
         max_waiting_mib=table.get("max_waiting_mib", mib, default.max_waiting_mib),
         max_wait_s=table.get("max_wait_s", SECONDS_ABOVE_0, default.max_wait_s),
         max_body_mib=table.get("max_body_mib", mib, default.max_body_mib),
+        early_head_s=table.get("early_head_s", SECONDS, default.early_head_s),
         first_byte_timeout_s=table.get(
             "first_byte_timeout_s", SECONDS_ABOVE_0, default.first_byte_timeout_s
         ),

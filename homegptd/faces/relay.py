@@ -12,14 +12,15 @@ relay looks for a few words that no string inside JSON can contain unescaped, an
 An answer that vLLM cut itself (`finish_reason: "abort"`, a bare `[DONE]`) is never passed on as a
 complete one. After the first byte every error is a frame of the client's protocol and a closed
 connection; where the protocol has no frames, a connection closed before the announced end.
+
+Where the client has an early head already, the engine's is dropped, and what is no stream becomes
+an error of the one that was begun. Everything else about silence is `Early`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 
 from aiohttp import HttpVersion11, web
 
@@ -27,9 +28,8 @@ from homegptd.core.refusals import Reason, Refusal
 from homegptd.runtime.scheduler import Lease
 
 from . import errors
-from .bodies import Body
+from .ask import CLOSED, KEPT, Ask, Broken, Limits
 from .early import Early
-from .errors import Shape
 from .upstream import Address, Connection, Head, Pool
 
 _HOLD_CHUNK = 64 * 1024
@@ -44,79 +44,6 @@ _ABORT = re.compile(rb'(?:finish|stop)_reason"\s*:\s*"abort"')
 _ERROR_EVENT = b'data: {"error"'
 _DEATH = re.compile(rb"EngineCore encountered|EngineDeadError|new futures after shutdown")
 """What a vLLM with a dead or stopping engine core says (seen on 0.32)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Seconds. They do not run while the answer is frozen."""
-
-    first_byte_s: float = 600.0
-    between_bytes_s: float = 120.0
-    client_s: float = 120.0
-    """How long a client may take none of what waits for it."""
-    linger_s: float = 10.0
-    """How long a client that reads slowly gets to read the end of an answer that failed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """A request as the engine gets it. `headers` are lines that end in CRLF."""
-
-    path: str
-    headers: bytes
-    body: Body
-    shape: Shape
-    method: str = "POST"
-    learn: Callable[[bytes], None] | None = None
-    """Gets the first bytes of an answer that is none of an error."""
-    replayable: bool = True
-    """Whether sending it twice does no harm. Otherwise it is sent once, on a new connection."""
-
-    def head(self) -> bytes:
-        line = f"{self.method} {self.path} HTTP/1.1\r\nHost: engine\r\n".encode()
-        if self.method == "GET":
-            return b"%s%s\r\n" % (line, self.headers)
-        return b"%s%sContent-Length: %d\r\n\r\n" % (line, self.headers, len(self.body))
-
-
-class Broken(Exception):
-    """The answer did not come to its end.
-
-    `sent`: the engine may have got the request. `begun`: the client has got a part of the answer,
-    an error frame, and, unless `kept`, a closed connection. `again`: the request is worth sending
-    once more.
-    """
-
-    def __init__(
-        self, refusal: Refusal, *, begun: bool = False, again: bool = False, sent: bool = True
-    ) -> None:
-        super().__init__(refusal.message)
-        self.refusal, self.begun, self.again, self.sent = refusal, begun, again, sent
-        self.kept = False
-        self.problem = errors.refused(refusal)
-        """What the client hears."""
-
-
-class Relayed(web.StreamResponse):
-    """What a handler returns when the client's transport already has the answer."""
-
-    def __init__(self, *, keep_alive: bool) -> None:
-        super().__init__()
-        self._open = keep_alive
-
-    @property
-    def keep_alive(self) -> bool:
-        return self._open
-
-    async def prepare(self, request: web.BaseRequest) -> None:
-        """Nothing: the head is out."""
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        """Nothing: the body is out."""
-
-
-KEPT = Relayed(keep_alive=True)
-CLOSED = Relayed(keep_alive=False)
 
 
 async def relay(

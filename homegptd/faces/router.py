@@ -19,12 +19,13 @@ from homegptd.core.refusals import Reason
 from homegptd.runtime.scheduler import Refused, Scheduler
 
 from . import adjust, errors, multipart, openai
+from .ask import CLOSED, KEPT, Ask, Broken, Limits
 from .bodies import Bodies, Body, Hold, reading
 from .early import Early, Pace, speaks
 from .errors import Denied, Problem
 from .models import Models
 from .openai import NotUnderstood
-from .relay import CLOSED, KEPT, Ask, Broken, Limits, relay
+from .relay import relay
 from .routes import Route, Where
 from .stored import Stored
 from .tasks import is_task
@@ -33,6 +34,9 @@ from .upstream import Address, Pool
 log = logging.getLogger(__name__)
 
 
+_READ_TIMEOUT = "x-stainless-read-timeout"
+"""The SDKs of OpenAI and Anthropic say in it how many seconds they wait for a byte."""
+_JUST_BEFORE = 0.98
 _PASSED_ON = ("Content-Type", "Accept", "X-Request-Id")
 """Everything else stays here, keys above all."""
 
@@ -44,7 +48,7 @@ class Settings:
     max_body_bytes: int = 64 << 20
     bodies: Bodies = field(default_factory=Bodies)
     """Where they are held, and how many; shared by all doors."""
-    limits: Limits = field(default_factory=Limits)
+    limits: Callable[[ModelId], Limits] = lambda model: Limits()
     pace: Pace = field(default_factory=Pace)
     notice_s: float = 2.0
     notice_death_s: float = 15.0
@@ -63,6 +67,7 @@ class _Request:
     model: ModelId
     stream: bool
     ask: Ask
+    since: float
     unasked: str = ""
     """Why it is no reason to bring its model up, where it is none."""
     grace_s: float = 0.0
@@ -216,7 +221,11 @@ class Router:
     ) -> web.StreamResponse:
         asks = not wanted.unasked
         lease = self._scheduler.lease(
-            wanted.model, freezable=wanted.stream, may_switch=asks, replay=replay and asks
+            wanted.model,
+            freezable=wanted.stream,
+            may_switch=asks,
+            max_wait_s=self._patience_s(request, wanted),
+            replay=replay and asks,
         )
         if wanted.early is not None and not self._is_awake(wanted.model):
             wanted.early.arm()
@@ -227,9 +236,26 @@ class Router:
                 lease=lease,
                 pool=self.pool,
                 address=self._addresses(wanted.model),
-                limits=self._settings.limits,
+                limits=self._settings.limits(wanted.model),
                 early=wanted.early,
             )
+
+    def _patience_s(self, request: web.BaseRequest, wanted: _Request) -> float | None:
+        """How long the client itself waits, where it says so and nothing is told it meanwhile.
+
+        An answer just before is worth more than a connection that it drops.
+        """
+        said = request.headers.get(_READ_TIMEOUT)
+        if said is None or wanted.early is not None:
+            return None
+        try:
+            seconds = float(said)
+        except ValueError:
+            return None
+        if not seconds > 0.0:
+            return None
+        waited_s = self._scheduler.loop.time() - wanted.since
+        return max(seconds * _JUST_BEFORE - waited_s, 0.0)
 
     def _is_awake(self, model: ModelId) -> bool:
         engine = self._scheduler.state.engines.get(model)
@@ -326,7 +352,7 @@ class Router:
     def _request(self, route: Route, model: ModelId, ask: Ask) -> _Request:
         unasked = "" if route.wakes else f"{route.method} {route.path} wakes no model"
         ask = replace(ask, replayable=False) if route.once else ask
-        return _Request(model, False, ask, unasked=unasked)
+        return _Request(model, False, ask, self._scheduler.loop.time(), unasked)
 
     def _learn(self, model: ModelId, data: bytes) -> None:
         self._stored.learn(data, model, self._scheduler.state.engines[model].incarnation)

@@ -51,6 +51,13 @@ def problems(text: str) -> list[str]:
     return [str(problem).removeprefix("homegpt.yaml:") for problem in caught.value.problems]
 
 
+def test_a_model_may_be_given_more_time_than_the_others() -> None:
+    slow = model("first_byte_timeout_s: 1800\nbetween_bytes_timeout_s: 300")
+    assert (slow.first_byte_timeout_s, slow.between_bytes_timeout_s) == (1800, 300)
+    read = config("models: [{id: a, gpu_memory_gb: 1}]\nrouter: {early_head_s: 0}")
+    assert read.router.early_head_s == 0
+
+
 def test_a_file_of_the_original_manager_loads_as_it_is() -> None:
     read = config(ORIGINAL)
     coder, writer = read.models

@@ -23,11 +23,11 @@ from homegptd.core.commands import Command, Order, Probe, Start, Stop, Wake, Wat
 from homegptd.core.events import EngineDied, Event, StartEnded, StopEnded, WakeEnded
 from homegptd.core.model import Awake, EngineSpec, Failure, Gpu, ModelId, SleepLevel, State, Traits
 from homegptd.faces import http
+from homegptd.faces.ask import Limits
 from homegptd.faces.bodies import Bodies
 from homegptd.faces.desk import Desk
 from homegptd.faces.early import Pace
 from homegptd.faces.guard import Guard
-from homegptd.faces.relay import Limits
 from homegptd.faces.router import Settings
 from homegptd.faces.upstream import Address
 from homegptd.runtime.scheduler import Scheduler
@@ -172,9 +172,13 @@ async def running(
     desk = Desk(scheduler, names, kinds=kinds, logs=_no_logs, reload=_no_reload)
     bodies = bodies or Bodies(max_held_bytes)
     settings = Settings(
-        max_body_bytes, bodies, limits or Limits(), pace or Pace(), notice_s=notice_s,
+        max_body_bytes,
+        bodies,
+        lambda model: limits or Limits(),
+        pace or Pace(),
+        notice_s=notice_s,
         task_grace_s=task_grace_s,
-    )  # fmt: skip
+    )
     listener = socket.create_server(("127.0.0.1", 0))
     host, port = listener.getsockname()
     async with scheduler.running():

@@ -1,0 +1,87 @@
+"""A request as the engine gets it, how long it may take, and the ways in which it can end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from homegptd.core.refusals import Refusal
+
+from . import errors
+from .bodies import Body
+from .errors import Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Seconds. They do not run while the answer is frozen."""
+
+    first_byte_s: float = 600.0
+    between_bytes_s: float = 120.0
+    client_s: float = 120.0
+    """How long a client may take none of what waits for it."""
+    linger_s: float = 10.0
+    """How long a client that reads slowly gets to read the end of an answer that failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request as the engine gets it. `headers` are lines that end in CRLF."""
+
+    path: str
+    headers: bytes
+    body: Body
+    shape: Shape
+    method: str = "POST"
+    learn: Callable[[bytes], None] | None = None
+    """Gets the first bytes of an answer that is none of an error."""
+    replayable: bool = True
+    """Whether sending it twice does no harm. Otherwise it is sent once, on a new connection."""
+
+    def head(self) -> bytes:
+        line = f"{self.method} {self.path} HTTP/1.1\r\nHost: engine\r\n".encode()
+        if self.method == "GET":
+            return b"%s%s\r\n" % (line, self.headers)
+        return b"%s%sContent-Length: %d\r\n\r\n" % (line, self.headers, len(self.body))
+
+
+class Broken(Exception):
+    """The answer did not come to its end.
+
+    `sent`: the engine may have got the request. `begun`: the client has got a part of the answer,
+    an error frame, and, unless `kept`, a closed connection. `again`: the request is worth sending
+    once more.
+    """
+
+    def __init__(
+        self, refusal: Refusal, *, begun: bool = False, again: bool = False, sent: bool = True
+    ) -> None:
+        super().__init__(refusal.message)
+        self.refusal, self.begun, self.again, self.sent = refusal, begun, again, sent
+        self.kept = False
+        self.problem = errors.refused(refusal)
+        """What the client hears."""
+
+
+class Relayed(web.StreamResponse):
+    """What a handler returns when the client's transport already has the answer."""
+
+    def __init__(self, *, keep_alive: bool) -> None:
+        super().__init__()
+        self._open = keep_alive
+
+    @property
+    def keep_alive(self) -> bool:
+        return self._open
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        """Nothing: the head is out."""
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Nothing: the body is out."""
+
+
+KEPT = Relayed(keep_alive=True)
+CLOSED = Relayed(keep_alive=False)

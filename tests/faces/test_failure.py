@@ -1,0 +1,172 @@
+"""What is sent again and what is not, and how often a model that fails is started."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from homegptd.core.commands import Start
+from homegptd.core.events import StartEnded
+from homegptd.core.model import Act, Awake, Down, Failure, Policy
+from homegptd.faces import router
+from homegptd.faces.ask import Ask
+
+from . import box
+from .box import CHAT, HELLO, SSE, STREAM, Asked, Engine, answer, dying_after, in_turn, saying
+
+GOOD = answer({"choices": []})
+STAINLESS = "x-stainless-read-timeout: {}\r\n"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "chat"
+
+
+@pytest.fixture
+def once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that have effects at the engine."""
+
+    def ask(*given: object) -> Ask:
+        return Ask(*given, replayable=False)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(router, "Ask", ask)
+
+
+@pytest.mark.usefixtures("once")
+@pytest.mark.parametrize("content", [HELLO, STREAM], ids=["whole", "stream"])
+async def test_what_has_effects_is_not_sent_again(path: Path, content: dict[str, object]) -> None:
+    script = in_turn(saying(GOOD), dying_after(), saying(GOOD))
+    async with (
+        Engine(path, script).running() as engine,
+        box.running({"chat": path}, notice_s=0.0) as b,
+    ):
+        assert (await b.ask(content=content)).status == 200
+        lost = await b.ask(content=content)
+        assert (lost.status, lost.error["code"]) == (502, "engine_fault")
+        # nor on a connection that may be closing: nobody would know whether it arrived
+        assert [each.connection for each in engine.asked] == [1, 2]
+
+
+@pytest.mark.usefixtures("once")
+async def test_what_has_effects_is_not_sent_again_after_a_cut(path: Path) -> None:
+    here = asyncio.Event()
+
+    async def script(asked: Asked) -> None:
+        here.set()
+        await asked.hung_up()
+
+    policy = Policy(drain_s=0.0, on_deadline=box.core.OnDeadline.CUT)
+    running = box.running({"chat": path, "coder": path}, policy=policy, awake_mib=1 << 19)
+    async with Engine(path, script).running() as engine, running as b:
+        client = await b.connect()
+        client.send(content=HELLO)
+        await here.wait()
+        b.desk.begin(Act.STOP, "chat", by="test", cut=True)
+        assert (await client.reply()).error["code"] == "cut"
+        assert len(engine.asked) == 1
+
+
+@pytest.mark.usefixtures("once")
+async def test_what_did_not_reach_the_engine_had_no_effects(path: Path) -> None:
+    """Nobody listens: it is tried again like everything else."""
+    async with box.running({"chat": path}) as b:
+        up = Engine(path, saying(GOOD)).running()
+
+        async def start(model: str) -> None:
+            await up.__aenter__()
+
+        b.hands.on_start = start
+        asyncio.get_running_loop().call_later(0.05, b.died, "chat")
+        try:
+            assert (await b.ask(content=HELLO)).status == 200
+        finally:
+            await up.__aexit__(None, None, None)
+
+
+async def test_a_model_that_fails_is_started_once_for_all_who_wait(path: Path) -> None:
+    now = asyncio.get_running_loop().time()
+    down, go = {"chat": Down(now)}, asyncio.Event()
+    async with box.running({"chat": path}, phases=down) as b:
+
+        async def fails(model: str) -> None:
+            await go.wait()
+            order = b.hands.given[-1]
+            assert isinstance(order, Start)
+            b.scheduler.post(StartEnded(order.model, order.order, failure=Failure("no memory")))
+
+        b.hands.on_start = fails
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(b.ask(content=HELLO)) for _ in range(20)]
+            await b.until(lambda: len(b.scheduler.state.waiting) == 20)
+            go.set()
+        for task in asked:
+            reply = task.result()
+            assert (reply.status, reply.error["code"]) == (503, "model_failed")
+            assert "no memory" in reply.error["message"]
+            assert 1 <= int(reply.headers["retry-after"]) <= 5
+        for _ in range(20):  # during the back-off
+            assert (await b.ask(content=HELLO)).status == 503
+        assert sum(isinstance(each, Start) for each in b.hands.given) == 1
+
+
+async def test_a_client_that_says_how_long_it_waits_is_answered_just_before(path: Path) -> None:
+    down = {"chat": Down(asyncio.get_running_loop().time())}
+    async with box.running({"chat": path}, phases=down) as b:
+        b.hands.on_start = lambda model: asyncio.Event().wait()
+        reply = await b.ask(content=HELLO, more=STAINLESS.format(0.2))
+        assert (reply.status, reply.error["code"]) == (503, "waited_too_long")
+        assert reply.headers["x-should-retry"] == "true"
+        assert reply.headers["retry-after"] == "60"  # 90 s to go, and SDKs come after 60 at most
+
+
+@pytest.mark.parametrize("said", ["0", "-1", "nan", "inf", "soon", "", "1e400"])
+async def test_a_wait_that_means_nothing_changes_nothing(path: Path, said: str) -> None:
+    async with Engine(path, saying(GOOD)).running(), box.running({"chat": path}) as b:
+        assert (await b.ask(content=HELLO, more=STAINLESS.format(said))).status == 200
+        assert isinstance(b.phase(), Awake)
+
+
+async def test_a_stream_shows_that_it_lives_and_so_may_take_longer(path: Path) -> None:
+    down = {"chat": Down(asyncio.get_running_loop().time())}
+    go = asyncio.Event()
+
+    async def start(model: str) -> None:
+        await go.wait()
+
+    script = saying(SSE, box.token("a", "stop"), box.DONE, box.END)
+    async with Engine(path, script).running(), box.running({"chat": path}, phases=down) as b:
+        b.hands.on_start = start
+        client = await b.connect()
+        client.send(CHAT, STREAM, more=STAINLESS.format(0.1))
+        asyncio.get_running_loop().call_later(0.3, go.set)
+        assert (await client.reply()).events[-1] == "[DONE]"
+
+
+@pytest.mark.parametrize("where", [CHAT, "/v1/completions", "/v1/responses", "/v1/messages"])
+@pytest.mark.parametrize("key", ["finish_reason", "stop_reason"])
+async def test_an_answer_that_vllm_cut_itself_is_an_error(path: Path, where: str, key: str) -> None:
+    cut, go = b'{"id":"x","%s":"abort"}' % key.encode(), asyncio.Event()
+
+    async def script(asked: Asked) -> None:
+        if not asked.json.get("stream"):
+            asked.writer.write(answer(cut))
+            return
+        asked.writer.write(SSE + box.token("a"))
+        await go.wait()
+        asked.writer.write(box.chunk(b"data: " + cut + b"\n\n") + box.DONE + box.END)
+
+    async with Engine(path, script).running(), box.running({"chat": path}, notice_s=0.0) as b:
+        whole = await b.ask(where, HELLO)  # both tries are cut
+        assert whole.status == 502
+        assert "cut its answer" in whole.error["message"]
+        client = await b.connect()
+        client.send(where, STREAM)
+        assert (await client.head())[0] == 200
+        go.set()
+        said = await client.reader.readuntil(box.END)
+        assert b"cut its answer" in said
+        assert b"abort" not in said
+        assert b"[DONE]" not in said
