@@ -313,9 +313,10 @@ class Router:
         if wish.model is None or self._models.find(wish.model) is None:
             body = openai.with_model(body, model)
         task = not (wish.stream or self._settings.tasks_switch) and is_task(body)
-        ask = Ask(route.path, _passed_on(request), body, route.shape, replayable=not wish.stores)
+        ask = Ask(route.path, _passed_on(request), body, route.shape)
         if route.stores:
-            ask = replace(ask, learn=partial(self._learn, model))
+            learn = partial(self._learn, model)
+            ask = replace(ask, learn=learn, replayable=not wish.stores)
         wanted = replace(self._request(route, model, ask), stream=wish.stream and route.streams)
         if task:
             why = "it is a background task (router.background_tasks)"

@@ -10,13 +10,14 @@ import pytest
 from homegptd.core.commands import Start
 from homegptd.core.events import StartEnded
 from homegptd.core.model import Act, Awake, Down, Failure, Policy
-from homegptd.faces import router
-from homegptd.faces.ask import Ask
 
 from . import box
 from .box import CHAT, HELLO, SSE, STREAM, Asked, Engine, answer, dying_after, in_turn, saying
 
 GOOD = answer({"choices": []})
+RESPONSES = "/v1/responses"
+STORED = {"input": "Hello", "store": True}
+"""What the engine keeps: sent twice it would be there twice."""
 STAINLESS = "x-stainless-read-timeout: {}\r\n"
 
 
@@ -25,32 +26,20 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "chat"
 
 
-@pytest.fixture
-def once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests that have effects at the engine."""
-
-    def ask(*given: object) -> Ask:
-        return Ask(*given, replayable=False)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(router, "Ask", ask)
-
-
-@pytest.mark.usefixtures("once")
-@pytest.mark.parametrize("content", [HELLO, STREAM], ids=["whole", "stream"])
+@pytest.mark.parametrize("content", [STORED, {**STORED, "stream": True}], ids=["whole", "stream"])
 async def test_what_has_effects_is_not_sent_again(path: Path, content: dict[str, object]) -> None:
     script = in_turn(saying(GOOD), dying_after(), saying(GOOD))
     async with (
         Engine(path, script).running() as engine,
         box.running({"chat": path}, notice_s=0.0) as b,
     ):
-        assert (await b.ask(content=content)).status == 200
-        lost = await b.ask(content=content)
+        assert (await b.ask(RESPONSES, content)).status == 200
+        lost = await b.ask(RESPONSES, content)
         assert (lost.status, lost.error["code"]) == (502, "engine_fault")
         # nor on a connection that may be closing: nobody would know whether it arrived
         assert [each.connection for each in engine.asked] == [1, 2]
 
 
-@pytest.mark.usefixtures("once")
 async def test_what_has_effects_is_not_sent_again_after_a_cut(path: Path) -> None:
     here = asyncio.Event()
 
@@ -62,14 +51,13 @@ async def test_what_has_effects_is_not_sent_again_after_a_cut(path: Path) -> Non
     running = box.running({"chat": path, "coder": path}, policy=policy, awake_mib=1 << 19)
     async with Engine(path, script).running() as engine, running as b:
         client = await b.connect()
-        client.send(content=HELLO)
+        client.send(RESPONSES, STORED)
         await here.wait()
         b.desk.begin(Act.STOP, "chat", by="test", cut=True)
         assert (await client.reply()).error["code"] == "cut"
         assert len(engine.asked) == 1
 
 
-@pytest.mark.usefixtures("once")
 async def test_what_did_not_reach_the_engine_had_no_effects(path: Path) -> None:
     """Nobody listens: it is tried again like everything else."""
     async with box.running({"chat": path}) as b:
@@ -81,7 +69,7 @@ async def test_what_did_not_reach_the_engine_had_no_effects(path: Path) -> None:
         b.hands.on_start = start
         asyncio.get_running_loop().call_later(0.05, b.died, "chat")
         try:
-            assert (await b.ask(content=HELLO)).status == 200
+            assert (await b.ask(RESPONSES, STORED)).status == 200
         finally:
             await up.__aexit__(None, None, None)
 
