@@ -9,7 +9,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 LOG_CAP_BYTES = 8 * 2**20
-LOG_LOOK_EVERY_S = 30.0
+LOOK_EVERY_S = 30.0
 TAIL_BYTES = 256 * 2**10
 
 

@@ -22,6 +22,8 @@ class Unreachable(EngineFault):
 class Hung(EngineFault):
     """No answer within the deadline."""
 
+    unsettled = True
+
 
 class Broken(EngineFault):
     """It answered with an error, with nonsense, or hung up."""

@@ -25,7 +25,7 @@ from urllib.parse import quote
 from homegptd.core.model import Exit, ModelId, Running
 from homegptd.core.refusals import Fault
 
-from .engine_log import LOG_CAP_BYTES, LOG_LOOK_EVERY_S, cap_log, open_log, tail
+from .engine_log import LOG_CAP_BYTES, LOOK_EVERY_S, cap_log, open_log, tail
 from .sessions import Record, Run, boot_id, emptied, leftover, members_of, remove, signal_session
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class Processes:
         self._locks: defaultdict[ModelId, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._adopting = asyncio.Lock()
         self._adopted = False
-        self._log_look: asyncio.TimerHandle | None = None
+        self._next_look: asyncio.TimerHandle | None = None
 
     def replace(self, launches: Mapping[ModelId, Launch]) -> None:
         """A reload: from the next start on. Running engines stay as they are."""
@@ -180,8 +180,8 @@ class Processes:
         try:
             await self.stop_all()
         finally:
-            if self._log_look is not None:
-                self._log_look.cancel()
+            if self._next_look is not None:
+                self._next_look.cancel()
 
     # Starting
 
@@ -203,8 +203,8 @@ class Processes:
             child.wait()
             raise _cannot_start(model, _words(error), lasting=_is_lasting(error)) from error
         self._engines[model] = engine
-        self._write(record)
-        self._look_at_logs_later()
+        self._write(engine)
+        self._look_later()
 
     def _prepare(self, model: ModelId, launch: Launch) -> None:
         path = launch.socket
@@ -309,7 +309,7 @@ class Processes:
         elif launch is not None and launch.fingerprint() == record.fingerprint:
             log.info("adopted %s", model, extra={"fields": {"MODEL_ID": model, "PID": record.pid}})
             self._engines[model] = engine
-            self._look_at_logs_later()
+            self._look_later()
             return
         log.warning("ending %s: found running, but it cannot be adopted", model)
         try:
@@ -323,31 +323,38 @@ class Processes:
     def _path(self, model: str) -> Path:
         return self._records / f"{quote(model, safe='')}.json"
 
-    def _write(self, record: Record) -> None:
+    def _write(self, engine: Run) -> None:
+        record = engine.record
         path = self._path(record.model)
+        first_try, engine.unwritten = not engine.unwritten, False
         try:
             record.write(path)
         except OSError as error:
-            log.warning(
-                'engine "%s" runs, but could not be adopted after a crash of this daemon: %s: %s',
-                record.model, path, _words(error),
-            )  # fmt: skip
+            engine.unwritten = True
+            if first_try:
+                log.warning(
+                    'engine "%s" runs, but could not be adopted after a crash of this daemon,'
+                    " until there is room for %s: %s", record.model, path, _words(error),
+                )  # fmt: skip
 
-    # Logs stay small: a timer, because a plain file tells nobody that it grew
+    # Logs stay small, and records get written: by a timer, because neither a file that grew nor a
+    # disk that has room again tells anybody
 
-    def _look_at_logs_later(self) -> None:
-        if self._log_look is None:
+    def _look_later(self) -> None:
+        if self._next_look is None:
             loop = asyncio.get_running_loop()
-            self._log_look = loop.call_later(LOG_LOOK_EVERY_S, self._look_at_logs)
+            self._next_look = loop.call_later(LOOK_EVERY_S, self._look)
 
-    def _look_at_logs(self) -> None:
-        self._log_look = None
+    def _look(self) -> None:
+        self._next_look = None
         running = [engine for engine in self._engines.values() if not engine.ended.is_set()]
         for engine in running:
             if engine.log is not None:
                 cap_log(engine.log, self._log_cap_bytes)
+            if engine.unwritten:
+                self._write(engine)
         if running:
-            self._look_at_logs_later()
+            self._look_later()
 
 
 # Faults

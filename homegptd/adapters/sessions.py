@@ -52,8 +52,12 @@ class Record:
         """All of it or nothing. Raises OSError."""
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps(asdict(self)))
-        draft.replace(path)
+        try:
+            draft.write_text(json.dumps(asdict(self)))
+            draft.replace(path)
+        except OSError:
+            draft.unlink(missing_ok=True)
+            raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,8 @@ class Run:
     child: "subprocess.Popen[bytes] | None" = None
     code: int | None = None
     stopping: bool = False
+    unwritten: bool = False
+    """Its record could not be written yet."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from homegptd.adapters.faults import Broken, EngineFault, Garbled, Hung, Lied
+from homegptd.adapters.faults import Broken, EngineFault, Garbled, Lied
 from homegptd.adapters.vllm_canary import Canary, differ, likely, same
 from homegptd.core.model import Freed, SleepLevel, SleepMode
 
@@ -94,7 +94,7 @@ async def prove_freeze(rig: Rig) -> str:
         if at is not None:
             return await _compare(rig, whole, frozen, at=at)
         if tokens >= most:
-            raise Hung(f"{tokens} tokens were over before a freeze could take hold")
+            raise Broken(f"{tokens} tokens were over before a freeze could take hold")
         tokens *= 2
 
 

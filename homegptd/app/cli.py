@@ -12,6 +12,7 @@ from pathlib import Path
 
 from homegptd import __version__
 from homegptd.adapters.journal import configure_logging
+from homegptd.adapters.sockets import parse_listen
 from homegptd.config.parse import ConfigError, load
 from homegptd.config.schema import Config
 from homegptd.core.refusals import Fault
@@ -140,7 +141,11 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--config", type=Path, default=SYSTEM_CONFIG, metavar="FILE")
     common.add_argument(
-        "--listen", action="append", metavar="ADDR:PORT", help="HTTP; may be repeated"
+        "--listen",
+        action="append",
+        type=_listen,
+        metavar="ADDR:PORT",
+        help="HTTP; may be repeated",
     )
     common.add_argument("--socket", metavar="PATH", help="the control socket")
     common.add_argument("--state-dir", type=Path, metavar="DIR", help="what survives a restart")
@@ -167,6 +172,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(command="demo")
     return parser
+
+
+def _listen(text: str) -> str:
+    try:
+        parse_listen(text, 9000)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _number_of_models(text: str) -> int:

@@ -25,6 +25,7 @@ from homegptd.core.events import ConfigChanged, ShutdownAsked
 from homegptd.core.model import ModelId
 from homegptd.core.refusals import Fault
 from homegptd.core.story import Line, summary
+from homegptd.core.words import count
 from homegptd.faces import http
 from homegptd.faces.ask import Limits
 from homegptd.faces.control import ControlServer
@@ -164,9 +165,10 @@ class Daemon:
         try:
             async with asyncio.timeout(self.options.stop_s) as self._patience:
                 await self.scheduler.idle()
+            self._patience = None  # nothing is left to lose it over
         except TimeoutError:
             left = self.scheduler.cut_all("homeGPT is stopping")
-            log.warning("%d answers are cut: they did not end in time", left)
+            log.warning("%s cut: no end in time", count(left, "answer"))
             with suppress(TimeoutError):
                 async with asyncio.timeout(CUT_S):
                     await self.scheduler.idle()

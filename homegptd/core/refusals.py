@@ -42,6 +42,9 @@ class Fault(Exception):
     missing binary, a bad flag): it is not retried until somebody asks.
     """
 
+    unsettled = False
+    """Whether what was ordered may still be under way: only a restart makes an end of it."""
+
     def __init__(self, message: str, *, hint: str | None = None, lasting: bool = False) -> None:
         super().__init__(message)
         self.message = message

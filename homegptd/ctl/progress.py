@@ -42,8 +42,8 @@ class Progress:
             self._why = ""  # it was another step's
         self._view, self._seen_at = view, monotonic()
         for number, step in enumerate(view["steps"]):
-            if step["state"] == "done":
-                self._once(number, "done", self._done(step))
+            if step["state"] in {"done", "failed"}:
+                self._once(number, "done", self._over(step))
             elif step["state"] == "running" and not self._style.tty:
                 self._once(number, "running", f"  {step_name(step)}{_about(step['expected_s'])}")
         self.tick()
@@ -91,9 +91,12 @@ class Progress:
         if self._style.tty:
             self._write("\r\x1b[K")
 
-    def _done(self, step: StepView) -> str:
+    def _over(self, step: StepView) -> str:
         usual = f" (usually {seconds_text(step['expected_s'])})" if step["expected_s"] else ""
-        tick = self._style.paint("✓" if self._style.unicode else "ok", "green")
+        if step["state"] == "done":
+            tick = self._style.paint("✓" if self._style.unicode else "ok", "green")
+        else:
+            tick = self._style.paint("✗" if self._style.unicode else "failed", "red")
         took = "" if step["seconds"] is None else f"  {seconds_text(step['seconds'])}{usual}"
         return f"{tick} {step_name(step)}{took}"
 

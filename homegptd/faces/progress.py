@@ -33,12 +33,13 @@ _RUNNING: dict[str, tuple[type, ...]] = {
 }
 _DONE: dict[str, tuple[type, ...]] = {
     "drain": (FallingAsleep, Asleep, Stopping, Down),
-    "sleep": (Asleep,),
-    "stop": (Down,),
-    "start": (Awake, Draining, FallingAsleep, Asleep, Waking),
-    "wake": (Awake, Draining),
-    "prove": (),
+    "sleep": (Asleep, Waking),
+    "stop": (Down, Starting),
+    "start": (Awake, Draining, FallingAsleep, Asleep, Waking, Proving),
+    "wake": (Awake, Draining, FallingAsleep, Asleep, Proving),
+    "prove": (Awake, Draining, FallingAsleep),
 }
+"""Where an engine is after the step, or after one more that began in the same turn."""
 
 
 @dataclass(slots=True)
@@ -48,6 +49,7 @@ class _Step:
     expected_s: float | None
     began: float | None = None
     ended: float | None = None
+    failed: bool = False
 
     def look(self, engine: Engine | None, now: float) -> None:
         """Notice that it began or ended, from the phase its engine is in."""
@@ -55,17 +57,21 @@ class _Step:
             return
         if isinstance(engine.phase, _RUNNING[self.do]):
             self.began = engine.phase.since if self.began is None else self.began
+        elif isinstance(engine.phase, _DONE[self.do]):
+            if self.began is not None or self.do == "drain":
+                self.began = now if self.began is None else self.began
+                self.ended = now
+        elif self.began is not None and self.do == "drain" and isinstance(engine.phase, Awake):
+            self.began = None  # the wish has lapsed, perhaps for a while
         elif self.began is not None:
-            self.ended = now
-        elif isinstance(engine.phase, _DONE[self.do]) and self.do == "drain":
-            self.began = self.ended = now
+            self.ended, self.failed = now, True
 
     def view(self, now: float) -> wire.StepView:
         began, ended = self.began, self.ended
         seconds = None if began is None else (now if ended is None else ended) - began
         state: wire.StepState = "waiting"
         if began is not None:
-            state = "running" if ended is None else "done"
+            state = "running" if ended is None else "failed" if self.failed else "done"
         return {
             "do": self.do,
             "model": self.model,
@@ -90,11 +96,15 @@ class Progress:
                 step.look(state.engines.get(step.model), now)
 
     def end(self, ended: Ended, now: float) -> None:
-        """What was foreseen and not needed is left out of the final account."""
+        """What was foreseen and not needed is left out of the final account.
+
+        A step that is still under way has failed with the operation, or is no part of it any more.
+        """
         self.ended, self.ended_at = ended, now
         self.steps = [step for step in self.steps if step.began is not None]
         for step in self.steps:
-            step.ended = now if step.ended is None else step.ended
+            if step.ended is None:
+                step.ended, step.failed = now, ended.refusal is not None
 
     def view(self, now: float, wall: float) -> wire.OperationView:
         """`wall` is what to add to loop time for Unix seconds."""

@@ -215,13 +215,12 @@ class Orders:
     async def _prove(self, order: Prove) -> Event:
         """That a proof does not hold is a verdict; an engine that broke over it is a failure."""
         engine, model = self._engines[order.model], order.model
+        failure = None
         try:
             detail, holds = await engine.prove(order.proof), True
         except Fault as fault:
             detail, holds = fault.message, False
-        failure = None
-        if not holds:
-            failure = await self._still_sane(engine)
+            failure = _failure(fault) if fault.unsettled else await self._still_sane(engine)
         self._remember_proof(model, order.proof, detail, holds=holds)
         return ProveEnded(model, order.order, order.proof, holds, detail, failure)
 

@@ -137,7 +137,8 @@ class Scheduler:
         self._max_wait_s = max_wait_s
         self._inbox: deque[Event] = deque()
         self._stepping = False
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._rings_at: float | None = None
         self._group: asyncio.TaskGroup | None = None
         self._broken: asyncio.Future[None] = self.loop.create_future()
         self._leases: dict[TicketId, Lease] = {}
@@ -211,16 +212,16 @@ class Scheduler:
             self._publish(lines)
 
     def _rearm(self, at: float | None) -> None:
+        """The instant is kept here: uvloop's handle of a timer that is all but due knows none."""
+        if at == self._rings_at:
+            return
         if self._timer is not None:
-            if at is not None and self._timer.when() == at and not self._timer.cancelled():
-                return
             self._timer.cancel()
-            self._timer = None
-        if at is not None:
-            self._timer = self.loop.call_at(at, self._ring)
+        self._timer = None if at is None else self.loop.call_at(at, self._ring)
+        self._rings_at = at
 
     def _ring(self) -> None:
-        self._timer = None
+        self._timer = self._rings_at = None
         self.post(TimePassed())
 
     def _carry_out(self, command: Command) -> None:

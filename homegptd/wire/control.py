@@ -23,7 +23,7 @@ PhaseWord: TypeAlias = Literal[
 ]  # fmt: skip
 DaemonPhase: TypeAlias = Literal["bootstrap", "ready", "degraded", "stopping"]
 OperationState: TypeAlias = Literal["running", "done", "failed", "cancelled"]
-StepState: TypeAlias = Literal["waiting", "running", "done"]
+StepState: TypeAlias = Literal["waiting", "running", "done", "failed"]
 Level: TypeAlias = Literal[1, 2]
 
 

@@ -100,6 +100,21 @@ async def test_stop_ends_it_and_gone_says_how(make: Make, tmp_path: Path) -> Non
     assert not list((tmp_path / "state/engines").glob("*.json"))
 
 
+async def test_a_record_that_found_no_room_is_written_when_there_is_some(
+    make: Make, tmp_path: Path
+) -> None:
+    launch = shell(tmp_path, "echo up; exec sleep 60")
+    processes = make(a=launch)
+    records = tmp_path / "state/engines"
+    records.parent.mkdir(exist_ok=True)
+    records.write_text("in the way")
+    await run(processes, launch)
+    processes._look()
+    records.unlink()
+    processes._look()
+    assert [path.name for path in records.iterdir()] == [f"{A}.json"]
+
+
 async def test_the_first_sigterm_may_be_swallowed(make: Make, tmp_path: Path) -> None:
     launch = shell(tmp_path, 'trap "trap - TERM; echo once" TERM; echo up; while :; do read x; done'
                    " < /dev/ptmx")  # fmt: skip

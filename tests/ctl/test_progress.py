@@ -87,6 +87,13 @@ def test_the_reason_of_one_step_is_not_shown_at_the_next(monkeypatch: pytest.Mon
     assert shown.line.startswith("▸ wake gemma  0.5 s of about 2.6 s  (")
 
 
+def test_a_step_that_failed_gets_no_tick(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Shown(monkeypatch, tty=False)
+    shown.progress.update(operation(step("start", "gemma", "failed", 1.0)))
+    assert "✗ start gemma  1.0 s" in shown.text
+    assert "✓" not in shown.text
+
+
 def test_without_a_terminal_each_reason_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Shown(monkeypatch, tty=False)
     shown.progress.update(operation(step("drain", "llama", "running", 1.0)))

@@ -63,6 +63,25 @@ def test_a_port_in_use_is_named_and_nothing_is_started(box: Box) -> None:
     assert not box.engine_pids()
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:99999", "127.0.0.1:9o00"])
+def test_an_address_that_is_none_is_wrong_usage(box: Box, address: str) -> None:
+    box.write(SimModel("a"))
+    done = box.run("--listen", address)
+    assert done.returncode == 2
+    assert address in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_second_signal_finds_nothing_left_to_hurry(box: Box) -> None:
+    box.write(SimModel("a", "active"))
+    with box.daemon() as daemon:
+        daemon.ready()
+        daemon.process.send_signal(signal.SIGINT)
+        daemon.wait_for(lambda message: "STOPPING=1" in message, "STOPPING=1")
+        assert daemon.terminate() == 0
+        assert "Traceback" not in box.log()
+
+
 def test_a_second_daemon_on_the_socket_is_refused_and_the_first_goes_on(box: Box) -> None:
     box.write(SimModel("a", "active"))
     with box.daemon() as daemon:

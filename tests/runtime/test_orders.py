@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from homegptd.adapters.faults import Hung
 from homegptd.core.commands import Order, Prove, Sleep, Start, Stop, Wake, Watch
 from homegptd.core.events import (
     EngineDied,
@@ -249,6 +250,19 @@ async def test_an_engine_that_broke_over_a_proof_is_a_failure() -> None:
         (event,) = told
         assert isinstance(event, ProveEnded)
         assert event.failure == Failure('"a" hangs')
+
+
+@jumping
+async def test_an_engine_that_did_not_end_what_it_was_told_is_not_asked_again() -> None:
+    """The order may still be under way in it, whatever it says of itself."""
+    async with orders() as (small, group, told):
+        small.found(A)
+        small.engines[A].breaks["prove"] = Hung("vLLM did not answer /sleep within 180 s")
+        small.orders.carry_out(Prove(A, N, Proof.FREEZE), group)
+        await asyncio.sleep(5.0)
+        (event,) = told
+        assert isinstance(event, ProveEnded)
+        assert event.failure == Failure("vLLM did not answer /sleep within 180 s")
 
 
 # ---------------------------------------------------------------- watching

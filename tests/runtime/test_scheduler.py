@@ -3,11 +3,14 @@
 import asyncio
 
 import pytest
+import uvloop
 
-from homegptd.core.events import Event
-from homegptd.core.model import Act, Asleep, Awake, Draining, ModelId, Policy
+from homegptd.core.events import Event, Observed
+from homegptd.core.machine import initial
+from homegptd.core.model import Act, Asleep, Awake, Draining, Gpu, ModelId, Policy
 from homegptd.core.refusals import Reason
 from homegptd.runtime.scheduler import Lease, Refused, Scheduler
+from tests.core.builders import GB, spec
 from tests.runtime.jumping import DeadlockError, jumping, run
 from tests.runtime.small import SLEEP_S, WAKE_S, A, B, Small
 
@@ -47,6 +50,28 @@ async def test_a_lease_on_a_sleeper_waits_for_the_switch() -> None:
             assert small.loop.time() - began == pytest.approx(SLEEP_S + WAKE_S)
             assert isinstance(small.engine(A).phase, Asleep)
         assert small.nothing_is_left()
+
+
+def test_timers_that_are_all_but_due_are_no_trouble_for_uvloop() -> None:
+    """Its `call_at` gives a handle without an instant for less than half a millisecond."""
+
+    class Idle:
+        def carry_out(self, command: object, group: asyncio.TaskGroup) -> None: ...
+
+    async def many() -> None:
+        state = initial((spec("a"),), Policy(), {Gpu(0): 80 * GB}, 256 * GB)
+        scheduler = Scheduler(state, Idle(), max_wait_s=60.0)
+        async with scheduler.running(), asyncio.TaskGroup() as group:
+            scheduler.post(Observed({}))
+            for part in range(20):
+                group.create_task(refused(scheduler, max_wait_s=part / 20_000))
+
+    async def refused(scheduler: Scheduler, max_wait_s: float) -> None:
+        with pytest.raises(Refused, match="waited"):
+            async with scheduler.lease(ModelId("a"), freezable=True, max_wait_s=max_wait_s):
+                pass
+
+    uvloop.run(many())
 
 
 @jumping
