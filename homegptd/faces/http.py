@@ -23,6 +23,7 @@ from . import errors, methods
 from .desk import Desk
 from .errors import Denied, Problem
 from .guard import Guard
+from .llamacpp import LlamaCpp
 from .management import Management
 from .models import Models
 from .router import Router, Settings
@@ -140,9 +141,13 @@ def build(
     settings = settings or Settings()
     router = Router(scheduler, models, addresses=addresses, settings=settings, stored=stored)
     management = Management(scheduler, desk, models)
-    door = _open_door(router, management, guard)
+    llama = LlamaCpp(scheduler, desk, models, management)
+    door = _open_door(router, management, llama, guard)
     look, manage = Access.LOOK, Access.MANAGE
-    door.add("/models", Path({"GET": management.models}, look))
+    door.add("/models", Path({"GET": llama.models}, look))
+    door.add("/models/sse", Path({"GET": llama.events}, look))
+    door.add("/models/load", Path({"POST": llama.load}, manage))
+    door.add("/models/unload", Path({"POST": llama.unload}, manage))
     door.add("/switch", Path({"POST": management.switch}, manage))
     door.add("/operations/", Path({"GET": management.operation}, look))
     return door
@@ -165,25 +170,31 @@ def build_model_door(
     models = Models(desk, only=model)
     settings = settings or Settings()
     router = Router(scheduler, models, addresses=addresses, settings=settings, stored=stored)
-    return _open_door(router, Management(scheduler, desk, models), guard)
+    management = Management(scheduler, desk, models)
+    return _open_door(router, management, LlamaCpp(scheduler, desk, models, management), guard)
 
 
-def _open_door(router: Router, management: Management, guard: Guard | None) -> Door:
+def _open_door(
+    router: Router, management: Management, llama: LlamaCpp, guard: Guard | None
+) -> Door:
     """What every client may ask."""
     door = Door(guard or Guard(), router)
     door.add("/health", Path({"GET": management.health}))
-    door.add("/v1/models", Path({"GET": management.listed}))
+    door.add("/v1/models", Path({"GET": llama.listed}))
     door.add("/v1/models/", Path({"GET": management.entry}))
     for route in ROUTES:
         if route.where is not Where.STORED:
-            door.add(route.path, Path({route.method: _to_model(router, route)}))
+            door.add(route.path, Path({route.method: _to_model(router, route, door.guard)}))
     stored = [route for route in ROUTES if route.where is Where.STORED]
     door.add("/v1/responses/", Path(_to_stored(router, stored)))
     return door
 
 
-def _to_model(router: Router, route: Route) -> Handler:
+def _to_model(router: Router, route: Route, guard: Guard) -> Handler:
     async def handler(request: web.BaseRequest, rest: str) -> web.StreamResponse:
+        if route.where is Where.SESSION:
+            guard.may_look(request)
+            guard.is_no_other_site(request)
         if request.method != route.method:  # HEAD, where GET is relayed
             raise Denied(_wrong_method(request.method, (route.method,)))
         return await router.answer(request, route)

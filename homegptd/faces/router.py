@@ -18,7 +18,7 @@ from homegptd.core.model import Awake, Draining, ModelId
 from homegptd.core.refusals import Reason, Refusal
 from homegptd.runtime.scheduler import Refused, Scheduler
 
-from . import adjust, errors, multipart, openai
+from . import adjust, errors, multipart, openai, realtime
 from .errors import Denied, Problem
 from .models import Models
 from .openai import NotUnderstood
@@ -93,6 +93,8 @@ class Router:
     async def answer(self, request: web.BaseRequest, route: Route) -> web.StreamResponse:
         """The whole life of one request. Errors are answers here."""
         try:
+            if route.where is Where.SESSION:
+                return await realtime.answer(request, self._line(route))
             await _client_reads(request)
             wanted = await self._read(request, route)
             with self._holding(len(wanted.ask.body)):
@@ -108,6 +110,12 @@ class Router:
                 return KEPT if broken.kept else CLOSED
             problem = errors.refused(broken.refusal)
         return errors.response(problem, route.shape)
+
+    def _line(self, route: Route) -> realtime.Line:
+        named = partial(self._model, route=route)
+        return realtime.Line(
+            self._scheduler, named, self._addresses, self._settings.realtime_idle_s
+        )
 
     @contextmanager
     def _holding(self, size: int) -> Iterator[None]:

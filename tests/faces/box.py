@@ -19,8 +19,8 @@ from typing import Any
 from aiohttp import web
 
 from homegptd.core import model as core
-from homegptd.core.commands import Command, Order, Start, Stop, Wake, Watch
-from homegptd.core.events import EngineDied, Event, StartEnded, StopEnded, WakeEnded
+from homegptd.core.commands import Command, Order, Sleep, Start, Stop, Wake, Watch
+from homegptd.core.events import EngineDied, Event, SleepEnded, StartEnded, StopEnded, WakeEnded
 from homegptd.core.model import Awake, EngineSpec, Failure, Gpu, ModelId, SleepLevel, State, Traits
 from homegptd.faces import http
 from homegptd.faces.desk import Desk
@@ -46,6 +46,8 @@ class Hands:
     def __init__(self) -> None:
         self.given: list[Command] = []
         self.on_start: Callable[[str], Awaitable[None]] = self._nothing
+        self.sleeps = False
+        """Whether sleeps are carried out too."""
         self.post: Callable[[Event], None] = lambda event: None
 
     async def _nothing(self, model: str) -> None:
@@ -62,6 +64,8 @@ class Hands:
                 self.post(StartEnded(model, order, TRAITS))
             case Wake(model, order):
                 self.post(WakeEnded(model, order))
+            case Sleep(model, order) if self.sleeps:
+                self.post(SleepEnded(model, order))
             case Stop(model, order):
                 self.post(StopEnded(model, order))
 
@@ -131,6 +135,7 @@ async def running(
     limits: Limits | None = None,
     notice_s: float = 2.0,
     task_grace_s: float = 5.0,
+    realtime_idle_s: float = 60.0,
     max_body_bytes: int = 64 << 20,
     max_held_bytes: int = 256 << 20,
     kinds: dict[str, str] | None = None,
@@ -168,7 +173,7 @@ async def running(
     desk = Desk(scheduler, names, kinds=kinds, logs=_no_logs, reload=_no_reload)
     settings = Settings(
         max_body_bytes, max_held_bytes, limits or Limits(), notice_s=notice_s,
-        task_grace_s=task_grace_s,
+        task_grace_s=task_grace_s, realtime_idle_s=realtime_idle_s,
     )  # fmt: skip
     listener = socket.create_server(("127.0.0.1", 0))
     host, port = listener.getsockname()
