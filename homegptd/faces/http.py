@@ -19,7 +19,7 @@ from aiohttp import web
 from homegptd.core.model import ModelId
 from homegptd.runtime.scheduler import Scheduler
 
-from . import errors, methods
+from . import apidoc, errors, methods
 from .desk import Desk
 from .errors import Denied, Problem
 from .guard import Guard
@@ -73,6 +73,14 @@ class Door:
         if path in self._paths:
             raise ValueError(f"{path} is there already")
         self._paths[path] = entry
+
+    @property
+    def paths(self) -> Mapping[str, Path]:
+        return self._paths
+
+    async def described(self, request: web.BaseRequest, rest: str) -> web.StreamResponse:
+        """Every path there is, as OpenAPI."""
+        return web.json_response(apidoc.document(self._paths))
 
     def close(self) -> None:
         self._router.pool.close()
@@ -180,6 +188,7 @@ def _open_door(
     """What every client may ask."""
     door = Door(guard or Guard(), router)
     door.add("/health", Path({"GET": management.health}))
+    door.add("/openapi.json", Path({"GET": door.described}))
     door.add("/v1/models", Path({"GET": llama.listed}))
     door.add("/v1/models/", Path({"GET": management.entry}))
     for route in ROUTES:
