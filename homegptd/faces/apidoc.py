@@ -47,7 +47,7 @@ _FOR_MODELS = (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 500, 501, 502, 
 _CLIENT: Json = {
     "name": "X-HomeGPT-Client",
     "in": "header",
-    "required": True,
+    "required": False,
     "schema": {"const": "open-webui"},
     "description": "Without it there is no such path.",
 }
@@ -135,7 +135,7 @@ def document(paths: Iterable[str]) -> Json:
             "description": "Many models behind one address; a request wakes the one it names.",
         },
         "paths": found,
-        "components": {"schemas": {**schemas, "Error": _ERROR, "AnthropicError": _ANTHROPIC}},
+        "components": {"schemas": {**schemas, **_REFUSALS}},
     }
 
 
@@ -166,6 +166,7 @@ def _to_model(route: Route) -> Json:
         "responses": {
             **_answer(route),
             **{str(status): _refusal(route.shape) for status in statuses},
+            "404": _refusal(route.shape, "NoSuchPath"),
         },
     }
     params = _params(route)
@@ -223,11 +224,12 @@ def _body(route: Route) -> Json | None:
     return _json({"type": "object", "properties": members, "required": list(needs)})
 
 
-def _refusal(shape: Shape) -> Json:
+def _refusal(shape: Shape, *more: str) -> Json:
     name = "AnthropicError" if shape is Shape.ANTHROPIC else "Error"
+    shapes = [{"$ref": f"#/components/schemas/{each}"} for each in (name, *more)]
     return {
         "description": "why not",
-        "content": _json({"$ref": f"#/components/schemas/{name}"}),
+        "content": _json(shapes[0] if len(shapes) == 1 else {"anyOf": shapes}),
     }
 
 
@@ -263,4 +265,14 @@ _ANTHROPIC: Json = {
         },
     },
     "required": ["type", "error"],
+}
+_REFUSALS = {
+    "Error": _ERROR,
+    "AnthropicError": _ANTHROPIC,
+    "NoSuchPath": {
+        "type": "object",
+        "description": "vLLM's own, of an engine that does not do this",
+        "properties": {"detail": _TEXT},
+        "required": ["detail"],
+    },
 }

@@ -55,6 +55,8 @@ class Path:
 
     handlers: Mapping[str, Handler]
     access: Access = Access.OPEN
+    otherwise: Handler | None = None
+    """Gets every other method, where the methods depend on what is behind the slash."""
 
 
 class Door:
@@ -102,7 +104,7 @@ class Door:
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         entry, rest = self._find(request.raw_path.partition("?")[0])
         method = request.method
-        handler = entry.handlers.get("GET" if method == "HEAD" else method)
+        handler = entry.handlers.get("GET" if method == "HEAD" else method, entry.otherwise)
         if handler is None:
             raise Denied(_wrong_method(method, entry.handlers))
         if entry.access is Access.LOOK:
@@ -195,7 +197,9 @@ def _open_door(
         if route.where is not Where.STORED:
             door.add(route.path, Path({route.method: _to_model(router, route, door.guard)}))
     stored = [route for route in ROUTES if route.where is Where.STORED]
-    door.add("/v1/responses/", Path(_to_stored(router, stored)))
+    by_id = _to_stored(router, stored)
+    known = dict.fromkeys((route.method for route in stored), by_id)
+    door.add("/v1/responses/", Path(known, otherwise=by_id))
     return door
 
 
@@ -211,7 +215,7 @@ def _to_model(router: Router, route: Route, guard: Guard) -> Handler:
     return handler
 
 
-def _to_stored(router: Router, routes: list[Route]) -> dict[str, Handler]:
+def _to_stored(router: Router, routes: list[Route]) -> Handler:
     """By the raw path: an id needs no escapes, so an escaped one is not there."""
 
     async def handler(request: web.BaseRequest, rest: str) -> web.StreamResponse:
@@ -224,7 +228,7 @@ def _to_stored(router: Router, routes: list[Route]) -> dict[str, Handler]:
                 return await router.answer(request, route)
         raise Denied(_wrong_method(request.method, [route.method for route in here]))
 
-    return dict.fromkeys((route.method for route in routes), handler)
+    return handler
 
 
 async def serve(
