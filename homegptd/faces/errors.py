@@ -127,13 +127,18 @@ def _retry(word: str, status: int, after_s: float | None) -> Mapping[str, str]:
     return _NEVER
 
 
+def text(problem: Problem) -> str:
+    """The message with its hint."""
+    return problem.message if problem.hint is None else f"{problem.message} ({problem.hint})"
+
+
 def body(problem: Problem, shape: Shape) -> dict[str, object]:
     """The JSON object of an error answer."""
-    text = problem.message if problem.hint is None else f"{problem.message} ({problem.hint})"
+    told = text(problem)
     if shape is Shape.ANTHROPIC:
         kind = _ANTHROPIC.get(problem.status, "api_error")
-        return {"type": "error", "error": {"type": kind, "message": text}}
-    error = {"message": text, "type": problem.kind, "param": problem.param, "code": problem.code}
+        return {"type": "error", "error": {"type": kind, "message": told}}
+    error = {"message": told, "type": problem.kind, "param": problem.param, "code": problem.code}
     return {"error": error}
 
 

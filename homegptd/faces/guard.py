@@ -46,6 +46,10 @@ class Guard:
         if not self._is_near(request):
             hint = "use homegptctl on the box, or allow this network"
             raise _forbidden("management is not open to this address", hint)
+        self.is_no_other_site(request)
+
+    def is_no_other_site(self, request: web.BaseRequest) -> None:
+        """Raises: Denied. A page may open a websocket to anywhere, so that too has to ask."""
         origin, site = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site")
         foreign = origin is not None and origin.partition("://")[2] != request.headers.get("Host")
         if foreign or site in ("cross-site", "same-site"):

@@ -19,10 +19,11 @@ from aiohttp import web
 from homegptd.core.model import ModelId
 from homegptd.runtime.scheduler import Scheduler
 
-from . import errors, methods
+from . import apidoc, errors, methods
 from .desk import Desk
 from .errors import Denied, Problem
 from .guard import Guard
+from .llamacpp import LlamaCpp
 from .management import Management
 from .models import Models
 from .router import Router, Settings
@@ -54,6 +55,8 @@ class Path:
 
     handlers: Mapping[str, Handler]
     access: Access = Access.OPEN
+    otherwise: Handler | None = None
+    """Gets every other method, where the methods depend on what is behind the slash."""
 
 
 class Door:
@@ -72,6 +75,14 @@ class Door:
         if path in self._paths:
             raise ValueError(f"{path} is there already")
         self._paths[path] = entry
+
+    @property
+    def paths(self) -> Mapping[str, Path]:
+        return self._paths
+
+    async def described(self, request: web.BaseRequest, rest: str) -> web.StreamResponse:
+        """Every path there is, as OpenAPI."""
+        return web.json_response(apidoc.document(self._paths))
 
     def close(self) -> None:
         self._router.pool.close()
@@ -93,7 +104,7 @@ class Door:
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         entry, rest = self._find(request.raw_path.partition("?")[0])
         method = request.method
-        handler = entry.handlers.get("GET" if method == "HEAD" else method)
+        handler = entry.handlers.get("GET" if method == "HEAD" else method, entry.otherwise)
         if handler is None:
             raise Denied(_wrong_method(method, entry.handlers))
         if entry.access is Access.LOOK:
@@ -140,9 +151,13 @@ def build(
     settings = settings or Settings()
     router = Router(scheduler, models, addresses=addresses, settings=settings, stored=stored)
     management = Management(scheduler, desk, models)
-    door = _open_door(router, management, guard)
+    llama = LlamaCpp(scheduler, desk, models, management)
+    door = _open_door(router, management, llama, guard)
     look, manage = Access.LOOK, Access.MANAGE
-    door.add("/models", Path({"GET": management.models}, look))
+    door.add("/models", Path({"GET": llama.models}, look))
+    door.add("/models/sse", Path({"GET": llama.events}, look))
+    door.add("/models/load", Path({"POST": llama.load}, manage))
+    door.add("/models/unload", Path({"POST": llama.unload}, manage))
     door.add("/switch", Path({"POST": management.switch}, manage))
     door.add("/operations/", Path({"GET": management.operation}, look))
     return door
@@ -165,25 +180,34 @@ def build_model_door(
     models = Models(desk, only=model)
     settings = settings or Settings()
     router = Router(scheduler, models, addresses=addresses, settings=settings, stored=stored)
-    return _open_door(router, Management(scheduler, desk, models), guard)
+    management = Management(scheduler, desk, models)
+    return _open_door(router, management, LlamaCpp(scheduler, desk, models, management), guard)
 
 
-def _open_door(router: Router, management: Management, guard: Guard | None) -> Door:
+def _open_door(
+    router: Router, management: Management, llama: LlamaCpp, guard: Guard | None
+) -> Door:
     """What every client may ask."""
     door = Door(guard or Guard(), router)
     door.add("/health", Path({"GET": management.health}))
-    door.add("/v1/models", Path({"GET": management.listed}))
+    door.add("/openapi.json", Path({"GET": door.described}))
+    door.add("/v1/models", Path({"GET": llama.listed}))
     door.add("/v1/models/", Path({"GET": management.entry}))
     for route in ROUTES:
         if route.where is not Where.STORED:
-            door.add(route.path, Path({route.method: _to_model(router, route)}))
+            door.add(route.path, Path({route.method: _to_model(router, route, door.guard)}))
     stored = [route for route in ROUTES if route.where is Where.STORED]
-    door.add("/v1/responses/", Path(_to_stored(router, stored)))
+    by_id = _to_stored(router, stored)
+    known = dict.fromkeys((route.method for route in stored), by_id)
+    door.add("/v1/responses/", Path(known, otherwise=by_id))
     return door
 
 
-def _to_model(router: Router, route: Route) -> Handler:
+def _to_model(router: Router, route: Route, guard: Guard) -> Handler:
     async def handler(request: web.BaseRequest, rest: str) -> web.StreamResponse:
+        if route.where is Where.SESSION:
+            guard.may_look(request)
+            guard.is_no_other_site(request)
         if request.method != route.method:  # HEAD, where GET is relayed
             raise Denied(_wrong_method(request.method, (route.method,)))
         return await router.answer(request, route)
@@ -191,7 +215,7 @@ def _to_model(router: Router, route: Route) -> Handler:
     return handler
 
 
-def _to_stored(router: Router, routes: list[Route]) -> dict[str, Handler]:
+def _to_stored(router: Router, routes: list[Route]) -> Handler:
     """By the raw path: an id needs no escapes, so an escaped one is not there."""
 
     async def handler(request: web.BaseRequest, rest: str) -> web.StreamResponse:
@@ -204,7 +228,7 @@ def _to_stored(router: Router, routes: list[Route]) -> dict[str, Handler]:
                 return await router.answer(request, route)
         raise Denied(_wrong_method(request.method, [route.method for route in here]))
 
-    return dict.fromkeys((route.method for route in routes), handler)
+    return handler
 
 
 async def serve(

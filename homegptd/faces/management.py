@@ -6,6 +6,7 @@ Handlers take the request and the rest of the path behind theirs (empty for an e
 from __future__ import annotations
 
 from contextlib import aclosing
+from typing import TypeVar
 
 import msgspec
 from aiohttp import web
@@ -22,6 +23,7 @@ from .models import Models
 from .views import can_serve
 
 _SMALL_BODY = 64 * 1024
+Wish = TypeVar("Wish")
 
 
 class _Switch(msgspec.Struct, forbid_unknown_fields=True):
@@ -60,7 +62,7 @@ class Management:
     async def switch(self, request: web.BaseRequest, rest: str) -> web.StreamResponse:
         """Answers when the switch has ended; with `?wait=false` at once, with the operation."""
         wait = _flag(request, "wait", default=True)
-        wish = await _switch_wish(request)
+        wish = await json_body(request, _Switch, '{"model_id": "…"}', param="model_id")
         if self._models.find(wish.model_id) is None:
             raise Denied(errors.refused(self._models.unknown(wish.model_id), param="model_id"))
         by = f"http {request.remote or 'local'}"
@@ -68,9 +70,10 @@ class Management:
         if not wait:
             where = {"Location": f"/operations/{view['id']}"}
             return web.json_response(view, status=202, headers=where)
-        return _ended(await self._end_of(view))
+        return ended(await self.end_of(view))
 
-    async def _end_of(self, view: wire.OperationView) -> wire.OperationView:
+    async def end_of(self, view: wire.OperationView) -> wire.OperationView:
+        """Its last view."""
         async with aclosing(self._desk.operation_updates(view["id"])) as updates:
             async for update in updates:
                 view = update
@@ -101,27 +104,24 @@ def _flag(request: web.BaseRequest, name: str, *, default: bool) -> bool:
     return given in ("true", "1")
 
 
-async def _switch_wish(request: web.BaseRequest) -> _Switch:
+async def json_body(request: web.BaseRequest, kind: type[Wish], form: str, *, param: str) -> Wish:
     """Raises: Denied: 415, 400 where the body is not JSON, 422 where it is not the right JSON."""
     if request.content_type != "application/json":
         text = f'the content type is "{request.content_type}", it must be application/json'
         raise Denied(errors.bad_request(text, status=415))
     body = await read_body(request, _SMALL_BODY)
     try:
-        return msgspec.json.decode(body, type=_Switch)
+        return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as why:
-        raise Denied(errors.bad_request(_place(why), param="model_id", status=422)) from None
+        told = str(why)  # msgspec names the place as `$.model_id`
+        text = f"the body must be {form}: {told[:1].lower()}{told[1:]}"
+        raise Denied(errors.bad_request(text, param=param, status=422)) from None
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as why:
         raise Denied(errors.bad_request(f"the body is not JSON: {why}")) from None
 
 
-def _place(why: msgspec.ValidationError) -> str:
-    """msgspec names the place as `$.model_id`."""
-    text = str(why)
-    return 'the body must be {"model_id": "…"}: ' + text[:1].lower() + text[1:]
-
-
-def _ended(view: wire.OperationView) -> web.Response:
+def ended(view: wire.OperationView) -> web.Response:
+    """An operation that has ended, as an answer."""
     failed = view["error"]
     if failed is None:
         return web.json_response(view)

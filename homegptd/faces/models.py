@@ -63,7 +63,10 @@ class Models:
 
     def listed(self) -> dict[str, object]:
         """The answer to GET /v1/models: all models, whatever their state."""
-        return {"object": "list", "data": [self._entry(view) for view in self._views()]}
+        return {"object": "list", "data": self.entries()}
+
+    def entries(self) -> list[dict[str, object]]:
+        return [self._entry(view) for view in self._views()]
 
     def entry(self, name: str) -> dict[str, object] | None:
         """The answer to GET /v1/models/NAME; None where there is no such model."""

@@ -18,7 +18,7 @@ from homegptd.core.model import Awake, Draining, ModelId, State
 from homegptd.core.refusals import Reason
 from homegptd.runtime.scheduler import Refused, Scheduler
 
-from . import adjust, errors, multipart, openai
+from . import adjust, errors, multipart, openai, realtime
 from .ask import CLOSED, KEPT, Ask, Broken, Limits
 from .bodies import Bodies, Body, Hold, reading
 from .early import Early, Pace, speaks
@@ -104,6 +104,8 @@ class Router:
     async def answer(self, request: web.BaseRequest, route: Route) -> web.StreamResponse:
         """The whole life of one request. Errors are answers here."""
         try:
+            if route.where is Where.SESSION:
+                return await realtime.answer(request, self._line(route))
             await _client_reads(request)
             with self._settings.bodies.hold() as hold:
                 wanted = await self._read(request, route, hold)
@@ -120,6 +122,12 @@ class Router:
                 return KEPT if broken.kept else CLOSED
             problem = broken.problem
         return errors.response(problem, route.shape)
+
+    def _line(self, route: Route) -> realtime.Line:
+        named = partial(self._model, route=route)
+        return realtime.Line(
+            self._scheduler, named, self._addresses, self._settings.realtime_idle_s
+        )
 
     async def _serve_early(
         self, request: web.BaseRequest, wanted: _Request, early: Early

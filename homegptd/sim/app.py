@@ -14,8 +14,11 @@ from aiohttp.typedefs import Middleware
 
 from homegptd.sim.faults import Fault
 from homegptd.sim.inference import Inference
+from homegptd.sim.messages import Messages
 from homegptd.sim.pooling import Pooling
+from homegptd.sim.responses import Responses
 from homegptd.sim.shapes import DEAD, Body, Refused, refusal, reply
+from homegptd.sim.speech import Speech
 
 if TYPE_CHECKING:  # the server builds the app
     from homegptd.sim.server import SimServer
@@ -33,10 +36,22 @@ def build(server: SimServer) -> web.Application:
     app.on_response_prepare.append(_name_server)
     face = _Face(server)
     app.add_routes(face.routes())
-    kind = Inference if server.options.kind == "generate" else Pooling
-    app.add_routes(kind(server.intake).routes())
+    app.add_routes(_tasks(server))
     app.add_routes(server.control.routes())
     return app
+
+
+def _tasks(server: SimServer) -> list[web.RouteDef]:
+    """What the model is for."""
+    match server.options.kind:
+        case "generate":
+            inference = Inference(server.intake)
+            responses = Responses(inference, server.spawn)
+            return [*inference.routes(), *responses.routes(), *Messages(inference).routes()]
+        case "audio":
+            return Speech(Inference(server.intake)).routes()
+        case _:
+            return Pooling(server.intake).routes()
 
 
 async def _name_server(request: web.Request, response: web.StreamResponse) -> None:

@@ -112,6 +112,7 @@ class Inference:
             web.post("/v1/chat/completions", self.chat),
             web.post("/v1/completions", self.completions),
             web.post("/tokenize", self.tokenize),
+            web.post("/detokenize", self.detokenize),
         ]
 
     # -- handlers ------------------------------------------------------------------------------
@@ -124,11 +125,11 @@ class Inference:
         if not all(isinstance(m, dict) and "role" in m for m in messages):
             raise Refused(400, "each message must be an object with a role", "messages")
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
-        ask = self._ask(body, chat_prompt(messages), limit, chat=True)
+        ask = self.ask(body, chat_prompt(messages), limit, chat=True)
         with self.intake.counted():
             if body.get("stream"):
                 return await self._stream(request, [ask])
-            await self._answer(ask)
+            await self.answer(ask)
             logprobs = _chat_logprobs(ask) if body.get("logprobs") else None
             choice = shapes.chat_choice(ask.text, ask.finish, ask.stop, logprobs)
             choice["token_ids"] = ask.token_ids
@@ -139,7 +140,7 @@ class Inference:
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await self.intake.body(request)
         limit = body.get("max_tokens", _COMPLETION_LENGTH)
-        asks = [self._ask(body, prompt, limit, chat=False) for prompt in _prompts(body)]
+        asks = [self.ask(body, prompt, limit, chat=False) for prompt in _prompts(body)]
         with self.intake.counted():
             if body.get("stream"):
                 return await self._stream(request, asks)
@@ -150,7 +151,7 @@ class Inference:
             )
 
     async def _completion(self, index: int, ask: Ask) -> Body:
-        await self._answer(ask)
+        await self.answer(ask)
         body, valid = ask.body, self.engine.memory.weights_valid
         asked, top = body.get("logprobs"), body.get("prompt_logprobs")
         logprobs = None if asked is None else _completion_logprobs(ask, int(asked), valid=valid)
@@ -173,13 +174,20 @@ class Inference:
         }
         return shapes.reply(answer)
 
+    async def detokenize(self, request: web.Request) -> web.StreamResponse:
+        tokens = (await self.intake.body(request)).get("tokens")
+        if not isinstance(tokens, list) or not all(isinstance(t, int) and t >= 0 for t in tokens):
+            raise Refused(400, missing("tokens", tokens), "tokens")
+        return shapes.reply({"prompt": text_of(tokens)})
+
     # -- answering -----------------------------------------------------------------------------
 
-    async def _answer(self, ask: Ask) -> None:
-        async for _ in self._tokens(ask):
+    async def answer(self, ask: Ask) -> None:
+        """The whole of it, into `ask`."""
+        async for _ in self.tokens(ask):
             pass
 
-    async def _tokens(self, ask: Ask) -> AsyncGenerator[str, None]:
+    async def tokens(self, ask: Ask) -> AsyncGenerator[str, None]:
         """Token by token into `ask`; an abort ends it with `finish` left at "abort"."""
         generating = self.engine.generate(ask.prompt, ask.limit, ask.rate)
         self.engine.prompted += len(pieces(ask.prompt))
@@ -215,7 +223,7 @@ class Inference:
         return answer
 
     async def _stream_one(self, answer: web.StreamResponse, index: int, ask: Ask) -> None:
-        async for delta in self._tokens(ask):
+        async for delta in self.tokens(ask):
             if len(ask.said) == 1 and ask.chat:
                 opening = {"delta": {"role": "assistant", "content": ""}}
                 await answer.write(shapes.event(self._chunk(ask, opening)))
@@ -230,7 +238,8 @@ class Inference:
 
     # -- checks --------------------------------------------------------------------------------
 
-    def _ask(self, body: Body, prompt: str, limit: object, *, chat: bool) -> Ask:
+    def ask(self, body: Body, prompt: str, limit: object, *, chat: bool) -> Ask:
+        """A request as the engine takes it. Raises Refused."""
         used, room = len(pieces(prompt)), self.options.max_model_len
         if limit is not None and (not isinstance(limit, int) or limit < (1 if chat else 0)):
             raise Refused(400, f"max_tokens must be at least 1, got {limit}.", "max_tokens")

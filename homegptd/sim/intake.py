@@ -41,6 +41,11 @@ class Intake:
             raise Refused(400, told) from None
         if not isinstance(body, dict):
             raise Refused(400, "Input should be a valid dictionary")
+        self.admit(body)
+        return body
+
+    def admit(self, body: Body) -> None:
+        """Raises Refused where it names another model, or the engine takes nothing."""
         self.model(body)
         if self.draining:
             raise Refused(500, "cannot schedule new futures after shutdown")
@@ -48,7 +53,6 @@ class Intake:
             raise Refused(500, DEAD)
         if self.engine.queue_full():
             raise Refused(503, _BUSY)
-        return body
 
     def model(self, body: Body) -> str:
         """The name the client used. Raises Refused with 404 for another model's."""

@@ -72,6 +72,7 @@ class Options:
     speed: float = 1
     speeds: Speeds = field(default_factory=Speeds)
     kind: str = "generate"
+    store_responses: bool = False
     faults: tuple[Fault, ...] = ()
     seed: int = 0
 
@@ -154,7 +155,9 @@ def _add_sim_flags(p: argparse._ArgumentGroup) -> None:
         "--sim-imports-s", type=float, default=8.0, help="seconds before the port is bound"
     )
     p.add_argument("--sim-compile-s", type=float, default=12.0, help="seconds after the load")
-    p.add_argument("--sim-kind", choices=["generate", "embed", "score"], default="generate")
+    p.add_argument(
+        "--sim-kind", choices=["generate", "embed", "score", "audio"], default="generate"
+    )
     p.add_argument("--sim-seed", type=int, default=0, help="varies the times by up to 10 percent")
     p.add_argument(
         "--sim-fault",
@@ -220,6 +223,7 @@ def parse_options(argv: list[str], environ: Mapping[str, str] = os.environ) -> O
             args.sim_compile_s,
         ),
         kind=args.sim_kind,
+        store_responses=environ.get("VLLM_ENABLE_RESPONSES_API_STORE", "0") not in ("", "0"),
         faults=tuple(args.sim_fault),
         seed=args.sim_seed,
     )

@@ -23,12 +23,26 @@ class Pooling:
 
     def routes(self) -> list[web.RouteDef]:
         if self.intake.options.kind == "embed":
-            return [web.post("/v1/embeddings", self.embeddings)]
+            return [
+                web.post("/v1/embeddings", self.embeddings),
+                web.post("/pooling", self.pooling),
+            ]
         return [
-            web.post(prefix + path, handler)
-            for path, handler in (("/score", self.scores), ("/rerank", self.rerank))
-            for prefix in ("/v1", "")
+            web.post("/score", self.scores),
+            web.post("/v1/score", self.scores),
+            *(web.post(f"{prefix}/rerank", self.rerank) for prefix in ("", "/v1", "/v2")),
         ]
+
+    async def pooling(self, request: web.Request) -> web.StreamResponse:
+        body = await self.intake.body(request)
+        inputs = texts(body, "input")
+        with self.intake.counted():
+            sound = [await self.intake.compute(text) for text in inputs]
+        data: list[Body] = [
+            {"index": i, "object": "pooling", "data": vector(self.name, text, valid=ok)}
+            for i, (text, ok) in enumerate(zip(inputs, sound, strict=True))
+        ]
+        return shapes.reply(self._list("pool", body, data, inputs))
 
     async def embeddings(self, request: web.Request) -> web.StreamResponse:
         body = await self.intake.body(request)

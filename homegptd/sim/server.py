@@ -119,6 +119,14 @@ class SimServer:
         loading = self.stage == "loading" and self.engine.profile.catches_sigterm_in_start
         return loading or self.faults.peek("swallowed-sigterm", "start") is not None
 
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run `work` beside the requests, for as long as the server lives."""
+        assert self._group is not None  # noqa: S101 -- requests only come while serving
+        task = self._group.create_task(work, name="sim background")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
     async def detach(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Run `work` to its end even if the waiting request is cancelled."""
         assert self._group is not None  # noqa: S101 -- requests only come while serving

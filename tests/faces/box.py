@@ -19,8 +19,8 @@ from typing import Any
 from aiohttp import web
 
 from homegptd.core import model as core
-from homegptd.core.commands import Command, Order, Probe, Start, Stop, Wake, Watch
-from homegptd.core.events import EngineDied, Event, StartEnded, StopEnded, WakeEnded
+from homegptd.core.commands import Command, Order, Probe, Sleep, Start, Stop, Wake, Watch
+from homegptd.core.events import EngineDied, Event, SleepEnded, StartEnded, StopEnded, WakeEnded
 from homegptd.core.model import Awake, EngineSpec, Failure, Gpu, ModelId, SleepLevel, State, Traits
 from homegptd.faces import http
 from homegptd.faces.ask import Limits
@@ -48,6 +48,8 @@ class Hands:
     def __init__(self) -> None:
         self.given: list[Command] = []
         self.on_start: Callable[[str], Awaitable[None]] = self._nothing
+        self.sleeps = False
+        """Whether sleeps are carried out too."""
         self.post: Callable[[Event], None] = lambda event: None
 
     async def _nothing(self, model: str) -> None:
@@ -64,6 +66,8 @@ class Hands:
                 self.post(StartEnded(model, order, TRAITS))
             case Wake(model, order):
                 self.post(WakeEnded(model, order))
+            case Sleep(model, order) if self.sleeps:
+                self.post(SleepEnded(model, order))
             case Stop(model, order):
                 self.post(StopEnded(model, order))
 
@@ -133,6 +137,7 @@ async def running(
     limits: Limits | None = None,
     notice_s: float = 2.0,
     task_grace_s: float = 5.0,
+    realtime_idle_s: float = 60.0,
     max_body_bytes: int = 64 << 20,
     max_held_bytes: int = 256 << 20,
     bodies: Bodies | None = None,
@@ -178,6 +183,7 @@ async def running(
         pace or Pace(),
         notice_s=notice_s,
         task_grace_s=task_grace_s,
+        realtime_idle_s=realtime_idle_s,
     )
     listener = socket.create_server(("127.0.0.1", 0))
     host, port = listener.getsockname()

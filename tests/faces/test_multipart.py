@@ -128,7 +128,7 @@ def test_defaults_give_way_and_overrides_do_not() -> None:
         (KIND, part("model", b"x" * 2000) + END),
         (KIND, MODEL.replace(b"form-data", b"attachment") + END),
         (KIND, MODEL.replace(b"Content-Disposition", b"Content Disposition") + END),
-        (KIND, MODEL.replace(b"right", b"a\r\n--XXX\r\nb") + END),
+        (KIND, MODEL.replace(b"right", b"a\r\n--XXQ\r\nb") + END),
         (KIND, MODEL * 1001 + END),
     ],
 )

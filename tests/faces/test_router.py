@@ -103,7 +103,7 @@ async def test_bodies_that_cannot_be_routed(
         "/v1/%63hat/completions", "/v1/chat%2Fcompletions", "/v1/./chat/completions",
         "/x/../v1/chat/completions", "/V1/chat/completions", "/v1/chat", "/", "/sleep",
         "/wake_up", "/collective_rpc", "/invocations", "/v1/load_lora_adapter", "/metrics",
-        "/scale_elastic_ep", "/openapi.json", "/v1/chat/completions;x",
+        "/scale_elastic_ep", "/docs", "/v1/chat/completions;x",
         "/v1/chat/completions/render",
     ],
 )  # fmt: skip
