@@ -1,7 +1,6 @@
 """When a model will probably be awake, for those who wait: `Retry-After`, a line of status.
 
-A guess, from the phases, what orders took on this box before, and who is in front. It is an
-instant, so whoever asks may keep it until the state changes.
+A guess, from the phases, what orders took on this box before, and who is in front.
 """
 
 from collections.abc import Iterator

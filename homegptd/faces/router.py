@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 _READ_TIMEOUT = "x-stainless-read-timeout"
 """The SDKs of OpenAI and Anthropic say in it how many seconds they wait for a byte."""
 _JUST_BEFORE = 0.98
+_FORESEEN_S = 0.9
+"""How long a forecast is good for several clients, in seconds: about the pace of status events."""
 _PASSED_ON = ("Content-Type", "Accept", "X-Request-Id")
 """Everything else stays here, keys above all."""
 
@@ -95,8 +97,7 @@ class Router:
         self._stored = stored or Stored()
         self.pool = Pool()
         settings.bodies.again_s = self._room_s
-        self._foreseen_in: State | None = None
-        self._foreseen: dict[ModelId, forecast.Outlook] = {}
+        self._foreseen: dict[ModelId, tuple[State, float, forecast.Outlook]] = {}
 
     def _room_s(self) -> float:
         return forecast.room_s(self._scheduler.state, self._scheduler.loop.time())
@@ -283,15 +284,14 @@ class Router:
         )
 
     def _outlook(self, model: ModelId) -> forecast.Outlook:
-        """Worked out once for all who wait for the model, and anew when the state has changed."""
-        state = self._scheduler.state
-        if state is not self._foreseen_in:
-            self._foreseen_in, self._foreseen = state, {}
-        found = self._foreseen.get(model)
-        if found is None:
-            found = forecast.outlook(state, model, self._scheduler.loop.time())
-            self._foreseen[model] = found
-        return found
+        """Worked out for all who wait for the model, anew every second and with each change."""
+        state, now = self._scheduler.state, self._scheduler.loop.time()
+        foreseen = self._foreseen.get(model)
+        if foreseen is not None and foreseen[0] is state and now - foreseen[1] < _FORESEEN_S:
+            return foreseen[2]
+        outlook = forecast.outlook(state, model, now)
+        self._foreseen[model] = state, now, outlook
+        return outlook
 
     # ------------------------------------------------------------ what a request says
 

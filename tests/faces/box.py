@@ -142,6 +142,7 @@ async def running(
     max_held_bytes: int = 256 << 20,
     bodies: Bodies | None = None,
     pace: Pace | None = None,
+    timings: dict[str, float] | None = None,
     kinds: dict[str, str] | None = None,
     phases: dict[str, core.Phase] | None = None,
     policy: core.Policy | None = None,
@@ -155,7 +156,11 @@ async def running(
     phases = phases or {}
     engines = {
         ModelId(name): core.Engine(
-            spec(name, **specs), phases.get(name, Awake(now)), TRAITS, enabled=name not in disabled
+            spec(name, **specs),
+            phases.get(name, Awake(now)),
+            TRAITS,
+            enabled=name not in disabled,
+            timings=timings or {},
         )
         for name in addresses
     }
