@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from socket import socket
 from typing import TypeAlias
 from urllib.parse import unquote
@@ -20,12 +19,13 @@ from homegptd.core.model import ModelId
 from homegptd.runtime.scheduler import Scheduler
 
 from . import errors, methods
+from .clients import Client, asks
 from .desk import Desk
-from .errors import Denied, Problem
-from .guard import Guard
+from .errors import Denied, Problem, Shape
+from .guard import Access, Guard
 from .management import Management
 from .models import Models
-from .router import ROUTES, Route, Router, Settings
+from .router import ROUTES, EngineKeys, Route, Router, Settings, no_key
 from .server import Server
 from .upstream import Address
 
@@ -38,20 +38,14 @@ _BACKLOG = 4096
 _KEEP_ALIVE_S = 75.0
 
 
-class Access(Enum):
-    """Who may use a path."""
-
-    OPEN = "everybody"
-    LOOK = "everybody who calls the box by its own name"
-    MANAGE = "loopback and the networks that the configuration names"
-
-
 @dataclass(frozen=True, slots=True)
 class Path:
     """What a path answers, by method."""
 
     handlers: Mapping[str, Handler]
     access: Access = Access.OPEN
+    shape: Shape = Shape.OPENAI
+    """How its clients expect to be turned away."""
 
 
 class Door:
@@ -75,8 +69,19 @@ class Door:
         self._router.pool.close()
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        client = self.guard.greet(request)
+        asks(client)
+        response = await self._answered(request, client)
+        if client.headers and isinstance(response, web.Response):
+            response.headers.update(client.headers)
+        return response
+
+    async def _answered(self, request: web.BaseRequest, client: Client) -> web.StreamResponse:
+        shape = Shape.OPENAI
         try:
-            return await self._answer(request)
+            entry, rest = self._find(request.raw_path.partition("?")[0])
+            shape = entry.shape
+            return await self._answer(request, client, entry, rest)
         except Denied as denied:
             problem = denied.problem
         except methods.Refused as refused:
@@ -86,18 +91,18 @@ class Door:
         except Exception:
             log.exception("%s %s failed", request.method, request.raw_path[:200])
             problem = errors.of_reason("internal", "this is a defect; the log has the story")
-        return errors.response(problem)
+        return errors.response(problem, shape)
 
-    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        entry, rest = self._find(request.raw_path.partition("?")[0])
+    async def _answer(
+        self, request: web.BaseRequest, client: Client, entry: Path, rest: str
+    ) -> web.StreamResponse:
         method = request.method
+        if method == "OPTIONS" and (allowed := self.guard.preflight(request, client)) is not None:
+            return allowed
         handler = entry.handlers.get("GET" if method == "HEAD" else method)
         if handler is None:
             raise Denied(_wrong_method(method, entry))
-        if entry.access is Access.LOOK:
-            self.guard.may_look(request)
-        elif entry.access is Access.MANAGE:
-            self.guard.may_manage(request)
+        self.guard.admit(request, client, entry.access)
         return await handler(request, rest)
 
     def _find(self, path: str) -> tuple[Path, str]:
@@ -125,12 +130,19 @@ def build(
     scheduler: Scheduler,
     desk: Desk,
     addresses: Callable[[ModelId], Address],
+    engine_keys: EngineKeys = no_key,
     settings: Settings | None = None,
     guard: Guard | None = None,
 ) -> Door:
     """The door with everything that the daemon answers by itself."""
     models = Models(desk)
-    router = Router(scheduler, models, addresses=addresses, settings=settings or Settings())
+    router = Router(
+        scheduler,
+        models,
+        addresses=addresses,
+        engine_keys=engine_keys,
+        settings=settings or Settings(),
+    )
     management = Management(scheduler, desk, models)
     door = _open_door(router, management, guard)
     look, manage = Access.LOOK, Access.MANAGE
@@ -146,6 +158,7 @@ def build_model_door(
     scheduler: Scheduler,
     desk: Desk,
     addresses: Callable[[ModelId], Address],
+    engine_keys: EngineKeys = no_key,
     settings: Settings | None = None,
     guard: Guard | None = None,
 ) -> Door:
@@ -154,7 +167,13 @@ def build_model_door(
     The original's per-model ports; nothing can be managed here.
     """
     models = Models(desk, only=model)
-    router = Router(scheduler, models, addresses=addresses, settings=settings or Settings())
+    router = Router(
+        scheduler,
+        models,
+        addresses=addresses,
+        engine_keys=engine_keys,
+        settings=settings or Settings(),
+    )
     return _open_door(router, Management(scheduler, desk, models), guard)
 
 
@@ -162,10 +181,10 @@ def _open_door(router: Router, management: Management, guard: Guard | None) -> D
     """What every client may ask."""
     door = Door(guard or Guard(), router)
     door.add("/health", Path({"GET": management.health}))
-    door.add("/v1/models", Path({"GET": management.listed}))
-    door.add("/v1/models/", Path({"GET": management.entry}))
+    door.add("/v1/models", Path({"GET": management.listed}, Access.USE))
+    door.add("/v1/models/", Path({"GET": management.entry}, Access.USE))
     for route in ROUTES:
-        door.add(route.path, Path({"POST": _to_model(router, route)}))
+        door.add(route.path, Path({"POST": _to_model(router, route)}, Access.USE, route.shape))
     return door
 
 

@@ -26,6 +26,7 @@ from homegptd.core.refusals import Reason, Refusal
 from homegptd.runtime.scheduler import Lease
 
 from . import errors
+from .clients import asking
 from .errors import Shape
 from .upstream import Address, Connection, Head, Pool
 
@@ -148,7 +149,7 @@ class Answer:
 
     __slots__ = (
         "_ask", "_begun", "_chunked", "_client", "_connection", "_full", "_head", "_heard", "_held",
-        "_hold", "_idle_s", "_lease", "_limits", "_loop", "_over", "_problem", "_protocol",
+        "_hold", "_idle_s", "_lease", "_limits", "_loop", "_more", "_over", "_problem", "_protocol",
         "_request", "_spoiled", "_sse", "_status", "_tick_s", "_timer", "_torn", "_turn",
         "keep_alive", "stale",
     )  # fmt: skip
@@ -164,6 +165,7 @@ class Answer:
         if client is None:
             raise ConnectionResetError("the client is gone")
         self._client = client
+        self._more = asking().headers
         self.keep_alive = request.keep_alive
         self.stale = False
         self._head = b""
@@ -221,6 +223,7 @@ class Answer:
         version = b"1.1" if self._request.version >= HttpVersion11 else b"1.0"
         lines = [b"HTTP/%s %d %s" % (version, head.status, head.reason)]
         lines += [b"%s: %s" % each for each in head.headers if each[0].lower() not in _HOP_BY_HOP]
+        lines += [b"%s: %s" % (k.encode(), v.encode()) for k, v in self._more]
         if self._chunked:
             lines.append(b"Transfer-Encoding: chunked")
         if not self.keep_alive:

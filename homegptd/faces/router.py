@@ -10,7 +10,8 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from aiohttp import web
 
@@ -19,6 +20,7 @@ from homegptd.core.refusals import Reason, Refusal
 from homegptd.runtime.scheduler import Refused, Scheduler
 
 from . import errors, openai
+from .clients import asking
 from .errors import Denied, Shape
 from .models import Models
 from .relay import CLOSED, KEPT, Ask, Broken, Limits, relay
@@ -60,6 +62,14 @@ _PASSED_ON = ("Content-Type", "Accept", "X-Request-Id")
 """Everything else stays here, keys above all."""
 
 
+EngineKeys: TypeAlias = Callable[[ModelId], str | None]
+"""What an engine asks for itself (its own API key), by model; None: nothing."""
+
+
+def no_key(model: ModelId) -> str | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What the configuration says about the router."""
@@ -91,11 +101,13 @@ class Router:
         models: Models,
         *,
         addresses: Callable[[ModelId], Address],
+        engine_keys: EngineKeys = no_key,
         settings: Settings,
     ) -> None:
         self._scheduler = scheduler
         self._models = models
         self._addresses = addresses
+        self._engine_keys = engine_keys
         self._settings = settings
         self.pool = Pool()
         self._held_bytes = 0
@@ -103,10 +115,11 @@ class Router:
     async def answer(self, request: web.BaseRequest, route: Route) -> web.StreamResponse:
         """The whole life of one request. Errors are answers here."""
         try:
-            await _client_reads(request)
-            wanted = await self._read(request, route)
-            with self._holding(len(wanted.ask.body)):
-                return await self._serve(request, wanted)
+            with asking().counted():
+                await _client_reads(request)
+                wanted = await self._read(request, route)
+                with self._holding(len(wanted.ask.body)):
+                    return await self._serve(request, wanted)
         except Denied as denied:
             problem = denied.problem
         except Refused as refused:
@@ -179,16 +192,31 @@ class Router:
     async def _try(
         self, request: web.BaseRequest, wanted: _Request, *, replay: bool
     ) -> web.StreamResponse:
-        lease = self._scheduler.lease(wanted.model, freezable=wanted.stream, replay=replay)
+        client = asking()
+        lease = self._scheduler.lease(
+            wanted.model,
+            freezable=wanted.stream,
+            may_switch=client.may_switch,
+            max_wait_s=client.max_wait_s,
+            replay=replay,
+        )
         async with lease:
             return await relay(
                 request,
-                wanted.ask,
+                self._with_its_key(wanted),
                 lease=lease,
                 pool=self.pool,
                 address=self._addresses(wanted.model),
                 limits=self._settings.limits,
             )
+
+    def _with_its_key(self, wanted: _Request) -> Ask:
+        """The engine's own key, where it asks for one. The client's has stayed at the door."""
+        key = self._engine_keys(wanted.model)
+        if key is None:
+            return wanted.ask
+        line = b"Authorization: Bearer %s\r\n" % key.encode()
+        return replace(wanted.ask, headers=wanted.ask.headers + line)
 
     async def _read(self, request: web.BaseRequest, route: Route) -> _Request:
         """Raises: Denied."""

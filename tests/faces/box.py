@@ -26,7 +26,7 @@ from homegptd.faces import http
 from homegptd.faces.desk import Desk
 from homegptd.faces.guard import Guard
 from homegptd.faces.relay import Limits
-from homegptd.faces.router import Settings
+from homegptd.faces.router import EngineKeys, Settings, no_key
 from homegptd.faces.upstream import Address
 from homegptd.runtime.scheduler import Scheduler
 
@@ -138,6 +138,7 @@ async def running(
     booted: bool = True,
     disabled: tuple[str, ...] = (),
     guard: Guard | None = None,
+    engine_keys: EngineKeys = no_key,
     **specs: Any,
 ) -> AsyncIterator[Box]:
     """A box whose first model is the default. `chat` has the alias `talk`."""
@@ -174,6 +175,7 @@ async def running(
                 scheduler=scheduler,
                 desk=desk,
                 addresses=lambda model: _address(addresses[model]),
+                engine_keys=engine_keys,
                 settings=settings,
                 guard=guard,
             )
