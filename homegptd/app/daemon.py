@@ -28,6 +28,7 @@ from homegptd.core.model import ModelId
 from homegptd.core.refusals import Fault
 from homegptd.core.story import Line, summary
 from homegptd.faces import http
+from homegptd.faces.accounts import Accounts
 from homegptd.faces.clients import Keyring
 from homegptd.faces.control import ControlServer
 from homegptd.faces.desk import Desk
@@ -83,6 +84,7 @@ class _Given(TypedDict):
     engine_keys: Callable[[ModelId], str | None]
     settings: RouterSettings
     guard: Guard
+    accounts: Accounts
 
 
 class Daemon:
@@ -106,6 +108,7 @@ class Daemon:
         self._engine_keys = engine_keys(config)
         given = keyring(config)
         self._keys = None if given is None else Keyring(given)
+        self.accounts = Accounts()
         self._http_doors: list[http.Door] = []
         self.desk = Desk(
             self.scheduler,
@@ -113,6 +116,7 @@ class Daemon:
             kinds=self.setup.kinds,
             logs=self._logs,
             reload=self._reload,
+            accounts=self.accounts,
         )
         self.notifier = Notifier()
         self.stop_asked = asyncio.Event()
@@ -234,6 +238,7 @@ class Daemon:
             "engine_keys": self._engine_key,
             "settings": router_settings(self.setup.config),
             "guard": self._guard(),
+            "accounts": self.accounts,
         }
         async with AsyncExitStack() as stack:
             await self._serve(stack, http.build(**given), doors.http)

@@ -19,6 +19,7 @@ from homegptd.runtime.scheduler import Scheduler
 from homegptd.wire import control as wire
 
 from . import views
+from .accounts import Accounts
 from .methods import Caller, Refused
 from .progress import Progress, foresee
 
@@ -45,12 +46,14 @@ class Desk:
         kinds: Mapping[ModelId, str] | None = None,
         logs: Logs,
         reload: Reload,
+        accounts: Accounts | None = None,
     ) -> None:
         self._scheduler = scheduler
         self.names = names
         self.kinds = kinds or {}
         self._logs = logs
         self._reload = reload
+        self._accounts = accounts or Accounts()
         self._operations: OrderedDict[int, Progress] = OrderedDict()
         self._news = asyncio.Event()
         self._readers: list[deque[wire.EventNotice]] = []
@@ -93,6 +96,7 @@ class Desk:
             "gpus": views.gpus_view(state),
             "host": views.host_view(state),
             "operations": [self._view(each.id) for each in state.operations],
+            "accounts": views.accounts_view(self._accounts.snapshot()),
         }
 
     async def plan(self, model: str) -> wire.PlanView:
@@ -255,6 +259,7 @@ class Desk:
             del self._operations[number]
 
     def _tell(self, lines: tuple[Line, ...]) -> None:
+        self._accounts.note_frozen(self._scheduler.state)
         for progress in self._operations.values():
             if progress.ended is None:
                 self._look(progress)

@@ -19,6 +19,7 @@ from homegptd.core.model import ModelId
 from homegptd.runtime.scheduler import Scheduler
 
 from . import errors, methods
+from .accounts import Accounts
 from .clients import Client, asks
 from .desk import Desk
 from .errors import Denied, Problem, Shape
@@ -133,6 +134,7 @@ def build(
     engine_keys: EngineKeys = no_key,
     settings: Settings | None = None,
     guard: Guard | None = None,
+    accounts: Accounts | None = None,
 ) -> Door:
     """The door with everything that the daemon answers by itself."""
     models = Models(desk)
@@ -142,6 +144,7 @@ def build(
         addresses=addresses,
         engine_keys=engine_keys,
         settings=settings or Settings(),
+        accounts=accounts,
     )
     management = Management(scheduler, desk, models)
     door = _open_door(router, management, guard)
@@ -161,6 +164,7 @@ def build_model_door(
     engine_keys: EngineKeys = no_key,
     settings: Settings | None = None,
     guard: Guard | None = None,
+    accounts: Accounts | None = None,
 ) -> Door:
     """A door to one model, through the same router: asleep, it is woken instead of crashed.
 
@@ -173,6 +177,7 @@ def build_model_door(
         addresses=addresses,
         engine_keys=engine_keys,
         settings=settings or Settings(),
+        accounts=accounts,
     )
     return _open_door(router, Management(scheduler, desk, models), guard)
 

@@ -9,6 +9,8 @@ relay looks for a few words that no string inside JSON can contain unescaped, an
 * in a stream the piece of a chunk, until the chunk is whole, so that an error frame can follow
   whatever was passed on.
 
+It leaves out one thing: the event with a stream's usage, where the client did not ask for it.
+
 An answer that vLLM cut itself (`finish_reason: "abort"`, a bare `[DONE]`) is never passed on as a
 complete one. After the first byte every error is a frame of the client's protocol and a closed
 connection; where the protocol has no frames, a connection closed before the announced end.
@@ -26,9 +28,11 @@ from homegptd.core.refusals import Reason, Refusal
 from homegptd.runtime.scheduler import Lease
 
 from . import errors
+from .accounts import Record
 from .clients import asking
 from .errors import Shape
 from .upstream import Address, Connection, Head, Pool
+from .usage import MARK, without
 
 _HOLD_CHUNK = 64 * 1024
 _HOLD_ANSWER = 1 << 20
@@ -62,6 +66,8 @@ class Ask:
     headers: bytes
     body: bytes
     shape: Shape
+    strip_usage: bool = False
+    """Whether the usage of a stream came because we asked, so that the client must not see it."""
 
     def head(self) -> bytes:
         return b"POST %s HTTP/1.1\r\nHost: engine\r\n%sContent-Length: %d\r\n\r\n" % (
@@ -117,6 +123,7 @@ async def relay(
     pool: Pool,
     address: Address,
     limits: Limits,
+    record: Record,
 ) -> web.StreamResponse:
     """Ask the engine at `address` and relay what it answers. Raises: Broken."""
     old = request.version < HttpVersion11
@@ -124,7 +131,7 @@ async def relay(
     while True:
         if connection is None:
             connection = await _connect(pool, address, lease, unchunked=old)
-        answer = Answer(request, ask, connection, lease, limits, pool.loop)
+        answer = Answer(request, ask, connection, lease, limits, record, pool.loop)
         await answer.relayed()
         if not answer.stale:
             return KEPT if answer.keep_alive else CLOSED
@@ -150,16 +157,16 @@ class Answer:
     __slots__ = (
         "_ask", "_begun", "_chunked", "_client", "_connection", "_full", "_head", "_heard", "_held",
         "_hold", "_idle_s", "_lease", "_limits", "_loop", "_more", "_over", "_problem", "_protocol",
-        "_request", "_spoiled", "_sse", "_status", "_tick_s", "_timer", "_torn", "_turn",
+        "_record", "_request", "_spoiled", "_sse", "_status", "_tick_s", "_timer", "_torn", "_turn",
         "keep_alive", "stale",
     )  # fmt: skip
 
     def __init__(
         self, request: web.BaseRequest, ask: Ask, connection: Connection, lease: Lease,
-        limits: Limits, loop: asyncio.AbstractEventLoop,
+        limits: Limits, record: Record, loop: asyncio.AbstractEventLoop,
     ) -> None:  # fmt: skip
         self._request, self._ask, self._connection = request, ask, connection
-        self._lease, self._limits, self._loop = lease, limits, loop
+        self._lease, self._limits, self._record, self._loop = lease, limits, record, loop
         self._protocol = request.protocol
         client = request.transport
         if client is None:
@@ -243,6 +250,10 @@ class Answer:
             data = bytes(self._held)
             self._held.clear()
         self._torn = not whole
+        if MARK in data or not (whole or self._sse):
+            self._record.passed(data, whole=whole or self._sse)
+            if self._ask.strip_usage and self._sse:
+                data = without(data)
         flaw = self._flaw(data)
         if flaw is not None:
             at, what = flaw
@@ -250,7 +261,7 @@ class Answer:
             self._lost(what)
         elif self._begun:
             self._write(data)
-        else:
+        elif data:
             self._begin(data)
 
     def _flaw(self, data: bytes) -> tuple[int, str] | None:
@@ -268,7 +279,9 @@ class Answer:
     def _begin(self, data: bytes) -> None:
         """The first bytes: from here on the request cannot be sent again."""
         self._begun = True
-        if not self._sse:
+        if self._sse:
+            self._record.began()
+        else:
             self._hold = 0
         self._write(self._head + data)
 

@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from homegptd.core.model import Awake, Draining, ModelId
 from homegptd.core.refusals import Reason, Refusal
 from homegptd.runtime.scheduler import Refused, Scheduler
 
-from . import errors, openai
+from . import errors, openai, usage
+from .accounts import Accounts, End, Record
 from .clients import asking
 from .errors import Denied, Shape
 from .models import Models
@@ -56,6 +57,8 @@ ROUTES = (
     Route("/pooling", kinds=_POOLING),
     Route("/classify", kinds=_POOLING),
 )
+_MAY_COUNT = frozenset({"/v1/chat/completions", "/v1/completions"})
+"""Routes that know `stream_options.include_usage`."""
 _PIECE_S = 60.0
 """Between two pieces of a request's body, in seconds."""
 _PASSED_ON = ("Content-Type", "Accept", "X-Request-Id")
@@ -103,28 +106,41 @@ class Router:
         addresses: Callable[[ModelId], Address],
         engine_keys: EngineKeys = no_key,
         settings: Settings,
+        accounts: Accounts | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._models = models
         self._addresses = addresses
         self._engine_keys = engine_keys
         self._settings = settings
+        self.accounts = accounts or Accounts()
         self.pool = Pool()
         self._held_bytes = 0
 
     async def answer(self, request: web.BaseRequest, route: Route) -> web.StreamResponse:
         """The whole life of one request. Errors are answers here."""
+        record = Record(asking().name)
+        try:
+            return await self._answer(request, route, record)
+        finally:
+            self.accounts.close(record)
+
+    async def _answer(
+        self, request: web.BaseRequest, route: Route, record: Record
+    ) -> web.StreamResponse:
         try:
             with asking().counted():
                 await _client_reads(request)
-                wanted = await self._read(request, route)
+                wanted = _with_usage(request, await self._read(request, route))
+                record.model = wanted.model
                 with self._holding(len(wanted.ask.body)):
-                    return await self._serve(request, wanted)
+                    return await self._serve(request, wanted, record)
         except Denied as denied:
-            problem = denied.problem
+            record.end, problem = End.REFUSED, denied.problem
         except Refused as refused:
-            problem = errors.refused(refused.refusal)
+            record.end, problem = End.REFUSED, errors.refused(refused.refusal)
         except Broken as broken:
+            record.end = End.FAILED
             if broken.refusal.reason is not Reason.CUT:  # the machine has told of a cut itself
                 log.warning("%s", broken.refusal.message)
             if broken.begun:
@@ -144,7 +160,9 @@ class Router:
         finally:
             self._held_bytes -= size
 
-    async def _serve(self, request: web.BaseRequest, wanted: _Request) -> web.StreamResponse:
+    async def _serve(
+        self, request: web.BaseRequest, wanted: _Request, record: Record
+    ) -> web.StreamResponse:
         """Once, and once more where the engine was lost before the answer began.
 
         A try that did not even reach the engine does not count, but is made only once more too.
@@ -152,12 +170,13 @@ class Router:
         sent = tries = 0
         while True:
             try:
-                return await self._try(request, wanted, replay=tries > 0)
+                return await self._try(request, wanted, record, replay=tries > 0)
             except Broken as broken:
                 tries += 1
                 sent += broken.sent
                 if not broken.again or sent > 1 or tries > 2:
                     raise
+                record.retried = sent > 0
                 log.info("%s; sending the request again", broken.refusal.message)
                 settings = self._settings
                 patience_s = settings.notice_s if broken.sent else settings.notice_death_s
@@ -190,7 +209,7 @@ class Router:
         )
 
     async def _try(
-        self, request: web.BaseRequest, wanted: _Request, *, replay: bool
+        self, request: web.BaseRequest, wanted: _Request, record: Record, *, replay: bool
     ) -> web.StreamResponse:
         client = asking()
         lease = self._scheduler.lease(
@@ -201,14 +220,18 @@ class Router:
             replay=replay,
         )
         async with lease:
-            return await relay(
+            record.granted(lease.ticket.id, self._scheduler.loop.time() - lease.ticket.since)
+            answer = await relay(
                 request,
                 self._with_its_key(wanted),
                 lease=lease,
                 pool=self.pool,
                 address=self._addresses(wanted.model),
                 limits=self._settings.limits,
+                record=record,
             )
+        record.end = End.ANSWERED
+        return answer
 
     def _with_its_key(self, wanted: _Request) -> Ask:
         """The engine's own key, where it asks for one. The client's has stayed at the door."""
@@ -253,6 +276,17 @@ class Router:
         if model is None:
             raise Denied(errors.refused(self._models.unknown(name)))
         return model
+
+
+def _with_usage(request: web.BaseRequest, wanted: _Request) -> _Request:
+    """A stream says how many tokens it took only if it is asked. The relay takes that out again."""
+    ask = wanted.ask
+    if not wanted.stream or ask.path not in _MAY_COUNT or request.version < HttpVersion11:
+        return wanted
+    body = usage.asked_for(ask.body)
+    if body is None:
+        return wanted
+    return replace(wanted, ask=replace(ask, body=body, strip_usage=True))
 
 
 async def read_body(request: web.BaseRequest, limit: int) -> bytes:

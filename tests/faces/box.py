@@ -23,6 +23,7 @@ from homegptd.core.commands import Command, Order, Start, Stop, Wake, Watch
 from homegptd.core.events import EngineDied, Event, StartEnded, StopEnded, WakeEnded
 from homegptd.core.model import Awake, EngineSpec, Failure, Gpu, ModelId, SleepLevel, State, Traits
 from homegptd.faces import http
+from homegptd.faces.accounts import Accounts
 from homegptd.faces.desk import Desk
 from homegptd.faces.guard import Guard
 from homegptd.faces.relay import Limits
@@ -75,6 +76,7 @@ class Box:
     hands: Hands
     host: str
     port: int
+    accounts: Accounts
     clients: list[Client] = field(default_factory=list)
 
     @property
@@ -165,7 +167,8 @@ async def running(
     names = {ModelId(name): (name.title(), ()) for name in addresses}
     if "chat" in addresses:
         names[ModelId("chat")] = ("Chat", ("talk", "lab/Chat-7B"))
-    desk = Desk(scheduler, names, kinds=kinds, logs=_no_logs, reload=_no_reload)
+    accounts = Accounts()
+    desk = Desk(scheduler, names, kinds=kinds, logs=_no_logs, reload=_no_reload, accounts=accounts)
     settings = Settings(max_body_bytes, max_held_bytes, limits or Limits(), notice_s=notice_s)
     listener = socket.create_server(("127.0.0.1", 0))
     host, port = listener.getsockname()
@@ -178,10 +181,11 @@ async def running(
                 engine_keys=engine_keys,
                 settings=settings,
                 guard=guard,
+                accounts=accounts,
             )
             runner = await http.serve(door, [listener], shutdown_s=0.5)
             assert runner.server is not None
-            small = Box(scheduler, desk, door, runner.server, hands, host, port)
+            small = Box(scheduler, desk, door, runner.server, hands, host, port, accounts)
             try:
                 yield small
             finally:
