@@ -68,6 +68,8 @@ def _run(config: Config, options: Options, demo: Demo | None = None) -> int:
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(_serve(config, options, demo))
+    except ConfigError:
+        raise  # of the API keys, which are read with the rest
     except CannotServe as error:
         return _cannot_serve(error)
     except Fault as fault:

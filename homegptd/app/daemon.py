@@ -15,10 +15,12 @@ from contextlib import (
 )
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from homegptd.adapters.notify import Notifier, watchdog_interval_s
 from homegptd.adapters.sockets import parse_listen, spelled
 from homegptd.adapters.store import Store
+from homegptd.config.keys import Key
 from homegptd.config.parse import ConfigError, load
 from homegptd.config.schema import CONTAINER_GATEWAY, Config
 from homegptd.core.events import ConfigChanged, ShutdownAsked
@@ -27,10 +29,14 @@ from homegptd.core.refusals import Fault
 from homegptd.core.story import Line, summary
 from homegptd.core.words import count
 from homegptd.faces import http
+from homegptd.faces.accounts import Accounts
 from homegptd.faces.ask import Limits
+from homegptd.faces.clients import Keyring
 from homegptd.faces.control import ControlServer
 from homegptd.faces.desk import Desk
+from homegptd.faces.guard import Guard
 from homegptd.faces.methods import Refused
+from homegptd.faces.router import Settings as RouterSettings
 from homegptd.faces.stored import Stored
 from homegptd.faces.upstream import Address
 from homegptd.runtime.bootstrap import observe
@@ -40,6 +46,7 @@ from homegptd.runtime.scheduler import Scheduler
 from homegptd.wire.control import LogsView
 from homegptd.wire.paths import socket_to_ask
 
+from .access import engine_keys, guard, keyring
 from .backend import choose
 from .doors import CannotServe, Doors, open_doors
 from .parts import address, clients, difference, first_state, only_one, router_settings
@@ -71,10 +78,24 @@ class Options:
         return Places(sockets=sockets, logs=self.state_dir / "logs")
 
 
+class _Given(TypedDict):
+    """What all HTTP doors share."""
+
+    scheduler: Scheduler
+    desk: Desk
+    addresses: Callable[[ModelId], Address]
+    engine_keys: Callable[[ModelId], str | None]
+    settings: RouterSettings
+    guard: Guard
+    stored: Stored
+    accounts: Accounts
+
+
 class Daemon:
     """Everything of one life. `serve` returns when it was asked to stop."""
 
     def __init__(self, config: Config, options: Options) -> None:
+        """Raises: ConfigError where the API keys cannot be read."""
         self.options = options
         self.setup = set_up(config, options.places)
         self.loop = asyncio.get_running_loop()
@@ -88,6 +109,11 @@ class Daemon:
             first_state(self.setup, self.store), self.orders, max_wait_s=config.router.max_wait_s
         )
         self.orders.connect(self.scheduler.post, lambda: self.scheduler.state)
+        self._engine_keys = engine_keys(config)
+        given = keyring(config)
+        self._keys = None if given is None else Keyring(given)
+        self.accounts = Accounts()
+        self._http_doors: list[http.Door] = []
         self.desk = Desk(
             self.scheduler,
             self.setup.names,
@@ -95,6 +121,7 @@ class Daemon:
             adjustments=self.setup.adjustments,
             logs=self._logs,
             reload=self._reload,
+            accounts=self.accounts,
         )
         self.notifier = Notifier()
         self.stop_asked = asyncio.Event()
@@ -210,34 +237,42 @@ class Daemon:
 
     @asynccontextmanager
     async def _http(self, doors: Doors) -> AsyncIterator[None]:
-        stored = Stored()
-        settings = router_settings(self.setup.config, self.options.state_dir, self._limits)
+        given: _Given = {
+            "scheduler": self.scheduler,
+            "desk": self.desk,
+            "addresses": self._engine_address,
+            "engine_keys": self._engine_key,
+            "settings": router_settings(self.setup.config, self.options.state_dir, self._limits),
+            "guard": self._guard(),
+            "stored": Stored(),
+            "accounts": self.accounts,
+        }
         async with AsyncExitStack() as stack:
-            door = http.build(
-                scheduler=self.scheduler,
-                desk=self.desk,
-                addresses=self._engine_address,
-                settings=settings,
-                stored=stored,
-            )
-            await _serve(stack, door, doors.http)
+            await self._serve(stack, http.build(**given), doors.http)
             for model, sockets in doors.models.items():
-                door = http.build_model_door(
-                    model,
-                    scheduler=self.scheduler,
-                    desk=self.desk,
-                    addresses=self._engine_address,
-                    settings=settings,
-                    stored=stored,
-                )
-                await _serve(stack, door, sockets)
+                await self._serve(stack, http.build_model_door(model, **given), sockets)
             yield
+
+    async def _serve(
+        self, stack: AsyncExitStack, door: http.Door, sockets: Sequence[socket.socket]
+    ) -> None:
+        self._http_doors.append(door)
+        stack.callback(door.close)
+        runner = await http.serve(door, sockets, shutdown_s=1.0)
+        stack.push_async_callback(runner.cleanup)
+
+    def _guard(self) -> Guard:
+        containers = bool(self._listen_for_containers())
+        return guard(self.setup.config, self._keys, containers=containers)
 
     def _limits(self, model: ModelId) -> Limits:
         return self.setup.limits.get(model) or Limits()
 
     def _engine_address(self, model: ModelId) -> Address:
         return address(self.setup.addresses[model])
+
+    def _engine_key(self, model: ModelId) -> str | None:
+        return self._engine_keys.get(model)
 
     @asynccontextmanager
     async def _heart(self) -> AsyncIterator[None]:
@@ -287,12 +322,14 @@ class Daemon:
             self.notifier.reloading()
         try:
             config = load(self.options.config)
+            keys, self._engine_keys = keyring(config), engine_keys(config)
             before, after = self.setup, set_up(config, self.options.places)
             self.setup = after
             self.backend.replace(after)
             self.engines.update(clients(after, self.engines, before))
             self.desk.names, self.desk.kinds = after.names, after.kinds
             self.desk.adjustments = after.adjustments
+            self._take_keys(keys)
             self.scheduler.post(
                 ConfigChanged(after.specs, after.policy, after.gpus, after.host_mib)
             )
@@ -303,6 +340,17 @@ class Daemon:
         log.info("configuration reloaded: %s", text)
         return text
 
+    def _take_keys(self, keys: Sequence[Key] | None) -> None:
+        """From the next request on. Requests under way still count for their key."""
+        if keys is None:
+            self._keys = None
+        elif self._keys is None:
+            self._keys = Keyring(keys)
+        else:
+            self._keys.keys = tuple(keys)
+        for door in self._http_doors:
+            door.guard = self._guard()
+
     # ------------------------------------------------------------ small answers
 
     def _start_limit_s(self, model: ModelId) -> float:
@@ -312,9 +360,3 @@ class Daemon:
     async def _logs(self, model: ModelId, lines: int) -> LogsView:
         found = list(await self.backend.units.log_tail(model, lines))
         return {"lines": found, "follow": self.backend.follow(model)}
-
-
-async def _serve(stack: AsyncExitStack, door: http.Door, sockets: Sequence[socket.socket]) -> None:
-    stack.callback(door.close)
-    runner = await http.serve(door, sockets, shutdown_s=1.0)
-    stack.push_async_callback(runner.cleanup)

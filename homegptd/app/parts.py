@@ -21,6 +21,7 @@ from homegptd.faces.early import Pace
 from homegptd.faces.router import Settings as RouterSettings
 from homegptd.faces.upstream import Address
 
+from .access import engine_key
 from .doors import CannotServe
 from .setup import Setup
 
@@ -49,7 +50,8 @@ def clients(
             engines[name] = kept
             continue
         kind = _KINDS[model.engine.kind] if model.engine else None
-        engines[name] = VllmEngine(name, setup.addresses[name], kind=kind)
+        at, key = setup.addresses[name], engine_key(model)
+        engines[name] = VllmEngine(name, at, kind=kind, api_key=key)
     return engines
 
 
@@ -97,9 +99,9 @@ def difference(before: Setup, after: Setup) -> str:
         *(f"removed {name}" for name in old if name not in new),
         *(f"changed {name}" for name in new if name in old and new[name] != old[name]),
     ]
-    doors = [(c.http, c.webui.enabled) for c in (before.config, after.config)]
+    doors = [(c.http.listen, c.webui.enabled) for c in (before.config, after.config)]
     if doors[0] != doors[1]:
-        parts.append("http settings need a restart of the daemon")
+        parts.append("http.listen and webui need a restart of the daemon")
     if before.doors != after.doors:
         parts.append("doors to single models (host_port) change with a restart of the daemon")
     return ", ".join(parts) or "nothing changed for the models"

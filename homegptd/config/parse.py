@@ -12,7 +12,7 @@ from .sections import BACKEND, PATH, control, gpus, http, router, secrets, switc
 from .table import Table
 from .values import Item, text
 
-__all__ = ["ConfigError", "Problem", "load", "parse"]
+__all__ = ["ConfigError", "Problem", "load", "parse", "read_text"]
 
 
 def load(path: Path | str) -> Config:
@@ -20,7 +20,7 @@ def load(path: Path | str) -> Config:
 
     Raises `ConfigError`, also for a file that cannot be read or is not text.
     """
-    return parse(_text(Path(path)), str(path))
+    return parse(read_text(Path(path)), str(path))
 
 
 def parse(source: str, name: str) -> Config:
@@ -72,7 +72,8 @@ def _root(root: Table) -> Config:
     return config
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Raises: ConfigError where it cannot be read, or is not text."""
     problems = Problems(str(path))
     data = b""
     try:

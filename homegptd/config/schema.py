@@ -84,6 +84,16 @@ class EngineConfig:
     """Seconds from start (after downloads) to healthy; None: max_retries * interval."""
 
     @property
+    def api_key(self) -> str | None:
+        """What vLLM asks for under /v1: `--api-key`, else VLLM_API_KEY; None: nothing."""
+        words = iter(self.args)
+        for word in words:
+            name, _, value = word.partition("=")
+            if name == "--api-key":
+                return value or next(words, None)
+        return self.env.get("VLLM_API_KEY")
+
+    @property
     def over_tcp(self) -> bool:
         """Whether `command` listens on 127.0.0.1:port instead of the engine's Unix socket."""
         text = " ".join(self.command or ())
@@ -259,6 +269,12 @@ class HttpConfig:
 
     listen: tuple[str, ...] = ("127.0.0.1:9000",)
     """Addresses as `addr:port`; IPv6 as `[::1]:9000`."""
+    keys: str | None = None
+    """File of API keys; None: nobody is asked for one."""
+    hosts: tuple[str, ...] = ()
+    """Further names that the box is called by in clients' URLs."""
+    cors: tuple[str, ...] = ()
+    """Origins whose web pages may use the models from a browser; `*`: all."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,12 @@ _MOST_MIB = 2**24
 _LISTEN = 'must be addr:port, such as "127.0.0.1:9000" or "[::1]:9000"'
 _HOST = re.compile(r"(?=.*[A-Za-z])[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*")
 
+_HOST_NAME = matching(_HOST.pattern, "a host name, such as gpu.example.org")
+_ORIGIN = matching(
+    r"\*|[a-z][a-z0-9+.-]*://[A-Za-z0-9.\[\]:_-]+",
+    'an origin, such as "https://chat.example.org" or "http://localhost:5173", or "*"',
+)
+
 SECONDS = number(least=0, most=_MONTH_S)
 SECONDS_ABOVE_0 = number(above=0, most=_MONTH_S)
 PORT = whole(1, 65535)
@@ -107,7 +113,14 @@ def router(root: Table) -> RouterConfig:
 
 def http(root: Table) -> HttpConfig:
     table = root.section("http")
-    read = HttpConfig(listen=table.get("listen", one_or_more(address), HttpConfig().listen))
+    read = HttpConfig(
+        listen=table.get("listen", one_or_more(address), HttpConfig().listen),
+        keys=table.get("keys", PATH, None),
+        hosts=table.get("hosts", one_or_more(_HOST_NAME), ()),
+        cors=table.get("cors", one_or_more(_ORIGIN), ()),
+    )
+    if "*" in read.cors and read.keys is None:
+        table.problem("cors", '"*" lets every web page use the models, so it needs http.keys too')
     table.finish()
     return read
 

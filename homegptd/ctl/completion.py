@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from .asked import Asked
 
-_FILES = ("--socket", "--config", "--to")
+_FILES = ("--socket", "--config", "--to", "--file")
 _CHOICES = {"--level": "1 2", "--mode": "active sleep disabled"}
 _MODELS = "|".join(
     verb for verb, row in VERBS.items() if row[1] in {"MODEL", "[MODEL]"} and verb != "add"
@@ -122,6 +122,7 @@ _homegptctl() {{
     case $verb in
       {_MODELS}) [[ -n $second ]] || _homegptctl_ask models ;;
       {_NUMBERS}) [[ -n $second ]] || _homegptctl_ask operations ;;
+      key) [[ -n $second ]] || _homegptctl_from 'add list remove' ;;
       config) if [[ -z $second ]]; then _homegptctl_from check; else _homegptctl_files; fi ;;
       completion) _homegptctl_from 'bash zsh fish' ;;
       help) _homegptctl_from {quoted(" ".join(VERBS))} ;;
@@ -196,6 +197,7 @@ _homegptctl() {{
       [[ -n $second ]] && return
       found=(${{(f)"$(homegptctl $socket __complete operations 2>/dev/null)"}})
       compadd -a found ;;
+    key) [[ -n $second ]] || compadd add list remove ;;
     config) if [[ -z $second ]]; then compadd check; else _files; fi ;;
     completion) compadd bash zsh fish ;;
     help) _describe verb verbs ;;
@@ -268,6 +270,7 @@ def _fish() -> str:
     rows = [
         (_MODELS.replace("|", " "), "-a '(__homegptctl_ask models)'"),
         (_NUMBERS.replace("|", " "), "-a '(__homegptctl_ask operations)'"),
+        ("key", "-a 'add list remove'"),
         ("config", "-a check"),
         ("completion", "-a 'bash zsh fish'"),
         ("help", f"-a '{' '.join(VERBS)}'"),

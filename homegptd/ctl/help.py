@@ -48,11 +48,22 @@ _OPTION_TEXTS = {
     "--to=": "write them into this folder instead",
     "--check": "only say whether the installed ones differ; exit code 1 if so",
     "--config=": "default: /etc/homegpt/config.yaml",
+    "--models=": "ids or aliases, such as a,b, that the key may use; default: all",
+    "--no-switch": "its requests do not bring up a model that is not awake",
+    "--manage": "it may manage the box over HTTP",
+    "--max-wait=": "seconds that its requests wait at most",
+    "--concurrency=": "requests that it may have under way at once",
+    "--replace": "a key of that name is there: it goes, and this one takes its place",
+    "--file=": "the file of keys; default: http.keys, else /etc/homegpt/keys.yaml",
     "--gpu": "put each model to sleep and wake it, and measure the cards",
 }
 _VALUES = {"--id": "ID", "--gpu": "LIST", "--gpu-memory-gb": "GB", "--mode": "MODE",
-           "--arg": "FLAG", "--to": "FOLDER", "--config": "FILE"}  # fmt: skip
+           "--arg": "FLAG", "--models": "LIST", "--max-wait": "S", "--concurrency": "N",
+           "--file": "FILE", "--to": "FOLDER", "--config": "FILE"}  # fmt: skip
 _MORE = {
+    "key": """\
+add prints the key once, alone on standard output; the file holds only its hash. list shows names
+and limits, remove takes a key out. A running daemon is told at once.""",
     "status": """\
 MEMORY is GiB on the GPU, +R what is kept in RAM; REQS running+waiting*frozen; the star marks the
 default model. A time before the words under WHY is minutes and seconds until the state changes

@@ -42,6 +42,12 @@ VERBS: dict[str, tuple[str, str, str, str]] = {
     "apply": ("units", "", "--yes --files-only", "make the units as configured, and reload"),
     "render": ("units", "", "--to= --check --config=", "print the units of a configuration"),
     "doctor": ("doctor", "", "--gpu --yes", "what is wrong with this box, and what mends it"),
+    "key": (
+        "key",
+        "add|list|remove [NAME]",
+        "--models= --no-switch --manage --max-wait= --concurrency= --replace --file=",
+        "API keys: who may use the models over HTTP",
+    ),
     "config": ("config", "check [FILE]", "", "check a configuration file"),
     "version": ("version", "", "", "the versions of this command and of the daemon"),
     "completion": ("completion", "bash|zsh|fish", "", "print a completion script for a shell"),

@@ -37,6 +37,8 @@ class Ask:
     method: str = "POST"
     learn: Callable[[bytes], None] | None = None
     """Gets the first bytes of an answer that is none of an error."""
+    strip_usage: bool = False
+    """Whether the usage of a stream came because we asked, so that the client must not see it."""
     replayable: bool = True
     """Whether sending it twice does no harm. Otherwise it is sent once, on a new connection."""
 

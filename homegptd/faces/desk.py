@@ -19,6 +19,7 @@ from homegptd.runtime.scheduler import Scheduler
 from homegptd.wire import control as wire
 
 from . import views
+from .accounts import Accounts
 from .adjust import Adjustment
 from .methods import Caller, Refused
 from .progress import Progress, foresee
@@ -47,6 +48,7 @@ class Desk:
         adjustments: Mapping[ModelId, Adjustment] | None = None,
         logs: Logs,
         reload: Reload,
+        accounts: Accounts | None = None,
     ) -> None:
         self._scheduler = scheduler
         self.names = names
@@ -54,6 +56,7 @@ class Desk:
         self.adjustments = adjustments or {}
         self._logs = logs
         self._reload = reload
+        self._accounts = accounts or Accounts()
         self._operations: OrderedDict[int, Progress] = OrderedDict()
         self._news = asyncio.Event()
         self._readers: list[deque[wire.EventNotice]] = []
@@ -102,6 +105,7 @@ class Desk:
             "gpus": views.gpus_view(state),
             "host": views.host_view(state),
             "operations": [self._view(each.id) for each in state.operations],
+            "accounts": views.accounts_view(self._accounts.snapshot()),
         }
 
     async def plan(self, model: str) -> wire.PlanView:
@@ -264,6 +268,7 @@ class Desk:
             del self._operations[number]
 
     def _tell(self, lines: tuple[Line, ...]) -> None:
+        self._accounts.note_frozen(self._scheduler.state)
         for progress in self._operations.values():
             if progress.ended is None:
                 self._look(progress)

@@ -24,6 +24,7 @@ from aiohttp import HttpVersion11, web
 from homegptd.core.forecast import Outlook
 
 from . import errors
+from .clients import asking
 from .errors import Problem, Shape
 
 _COMMENT = b": homegpt\n"
@@ -77,9 +78,9 @@ class Early:
     """The client's side of one stream until, and whenever, the engine says nothing."""
 
     __slots__ = (
-        "_began", "_chunked", "_loop", "_model", "_opening", "_outlook", "_pace", "_percent",
-        "_request", "_shape", "_shows_status", "_spoke_at", "_status_open", "_timer", "given",
-        "keep_alive",
+        "_began", "_chunked", "_loop", "_model", "_more", "_opening", "_outlook", "_pace",
+        "_percent", "_request", "_shape", "_shows_status", "_spoke_at", "_status_open", "_timer",
+        "given", "keep_alive",
     )  # fmt: skip
 
     def __init__(
@@ -97,6 +98,7 @@ class Early:
         self._request, self._model, self._shape = request, model, shape
         self._opening, self._pace, self._outlook = _OPENINGS[path], pace, outlook
         self._chunked = request.version >= HttpVersion11
+        self._more = asking().headers
         self.keep_alive = request.keep_alive and self._chunked
         self.given = False
         """The head is out."""
@@ -207,6 +209,7 @@ class Early:
             b"cache-control: no-cache",
             b"x-accel-buffering: no",
         ]
+        lines += [b"%s: %s" % (name.encode(), text.encode()) for name, text in self._more]
         if self._chunked:
             lines.append(b"Transfer-Encoding: chunked")
         if not self.keep_alive:

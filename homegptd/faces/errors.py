@@ -20,7 +20,9 @@ from homegptd.core.refusals import Reason, Refusal
 from homegptd.wire import codes
 
 _LATEST_RETRY_S = 60
-_RETRY_S: Mapping[str, float] = {"queue-full": 5, "waited-too-long": 5, "shutting-down": 5}
+_RETRY_S: Mapping[str, float] = {
+    "too-many-requests": 2, "queue-full": 5, "waited-too-long": 5, "shutting-down": 5,
+}  # fmt: skip
 """When to come again where the refusal itself names no time."""
 _ANTHROPIC = {
     400: "invalid_request_error",
@@ -119,7 +121,7 @@ _NEVER = {"x-should-retry": "false"}
 
 def _retry(word: str, status: int, after_s: float | None) -> Mapping[str, str]:
     seconds = _RETRY_S.get(word) if after_s is None else after_s
-    if status in (502, 503) and seconds is not None:
+    if status in (429, 502, 503) and seconds is not None:
         wait = min(max(math.ceil(seconds), 1), _LATEST_RETRY_S)
         return {"Retry-After": str(wait), "x-should-retry": "true"}
     if status == 502:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from socket import socket
 from typing import TypeAlias
 from urllib.parse import unquote
@@ -20,13 +19,15 @@ from homegptd.core.model import ModelId
 from homegptd.runtime.scheduler import Scheduler
 
 from . import apidoc, errors, methods
+from .accounts import Accounts
+from .clients import Client, asks
 from .desk import Desk
-from .errors import Denied, Problem
-from .guard import Guard
+from .errors import Denied, Problem, Shape
+from .guard import Access, Guard
 from .llamacpp import LlamaCpp
 from .management import Management
 from .models import Models
-from .router import Router, Settings
+from .router import EngineKeys, Router, Settings, no_key
 from .routes import ROUTES, Route, Where
 from .server import Server
 from .stored import Stored
@@ -41,14 +42,6 @@ _BACKLOG = 4096
 _KEEP_ALIVE_S = 75.0
 
 
-class Access(Enum):
-    """Who may use a path."""
-
-    OPEN = "everybody"
-    LOOK = "everybody who calls the box by its own name"
-    MANAGE = "loopback and the networks that the configuration names"
-
-
 @dataclass(frozen=True, slots=True)
 class Path:
     """What a path answers, by method."""
@@ -57,6 +50,8 @@ class Path:
     access: Access = Access.OPEN
     otherwise: Handler | None = None
     """Gets every other method, where the methods depend on what is behind the slash."""
+    shape: Shape = Shape.OPENAI
+    """How its clients expect to be turned away."""
 
 
 class Door:
@@ -88,8 +83,19 @@ class Door:
         self._router.pool.close()
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        client = self.guard.greet(request)
+        asks(client)
+        response = await self._answered(request, client)
+        if client.headers and isinstance(response, web.Response):
+            response.headers.update(client.headers)
+        return response
+
+    async def _answered(self, request: web.BaseRequest, client: Client) -> web.StreamResponse:
+        shape = Shape.OPENAI
         try:
-            return await self._answer(request)
+            entry, rest = self._find(request.raw_path.partition("?")[0])
+            shape = entry.shape
+            return await self._answer(request, client, entry, rest)
         except Denied as denied:
             problem = denied.problem
         except methods.Refused as refused:
@@ -99,18 +105,18 @@ class Door:
         except Exception:
             log.exception("%s %s failed", request.method, request.raw_path[:200])
             problem = errors.of_reason("internal", "this is a defect; the log has the story")
-        return errors.response(problem)
+        return errors.response(problem, shape)
 
-    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        entry, rest = self._find(request.raw_path.partition("?")[0])
+    async def _answer(
+        self, request: web.BaseRequest, client: Client, entry: Path, rest: str
+    ) -> web.StreamResponse:
         method = request.method
+        if method == "OPTIONS" and (allowed := self.guard.preflight(request, client)) is not None:
+            return allowed
         handler = entry.handlers.get("GET" if method == "HEAD" else method, entry.otherwise)
         if handler is None:
             raise Denied(_wrong_method(method, entry.handlers))
-        if entry.access is Access.LOOK:
-            self.guard.may_look(request)
-        elif entry.access is Access.MANAGE:
-            self.guard.may_manage(request)
+        self.guard.admit(request, client, entry.access)
         return await handler(request, rest)
 
     def _find(self, path: str) -> tuple[Path, str]:
@@ -142,14 +148,23 @@ def build(
     scheduler: Scheduler,
     desk: Desk,
     addresses: Callable[[ModelId], Address],
+    engine_keys: EngineKeys = no_key,
     settings: Settings | None = None,
     guard: Guard | None = None,
     stored: Stored | None = None,
+    accounts: Accounts | None = None,
 ) -> Door:
     """The door with everything that the daemon answers by itself."""
     models = Models(desk)
-    settings = settings or Settings()
-    router = Router(scheduler, models, addresses=addresses, settings=settings, stored=stored)
+    router = Router(
+        scheduler,
+        models,
+        addresses=addresses,
+        engine_keys=engine_keys,
+        settings=settings or Settings(),
+        stored=stored,
+        accounts=accounts,
+    )
     management = Management(scheduler, desk, models)
     llama = LlamaCpp(scheduler, desk, models, management)
     door = _open_door(router, management, llama, guard)
@@ -169,17 +184,26 @@ def build_model_door(
     scheduler: Scheduler,
     desk: Desk,
     addresses: Callable[[ModelId], Address],
+    engine_keys: EngineKeys = no_key,
     settings: Settings | None = None,
     guard: Guard | None = None,
     stored: Stored | None = None,
+    accounts: Accounts | None = None,
 ) -> Door:
     """A door to one model, through the same router: asleep, it is woken instead of crashed.
 
     The original's per-model ports; nothing can be managed here.
     """
     models = Models(desk, only=model)
-    settings = settings or Settings()
-    router = Router(scheduler, models, addresses=addresses, settings=settings, stored=stored)
+    router = Router(
+        scheduler,
+        models,
+        addresses=addresses,
+        engine_keys=engine_keys,
+        settings=settings or Settings(),
+        stored=stored,
+        accounts=accounts,
+    )
     management = Management(scheduler, desk, models)
     return _open_door(router, management, LlamaCpp(scheduler, desk, models, management), guard)
 
@@ -191,23 +215,22 @@ def _open_door(
     door = Door(guard or Guard(), router)
     door.add("/health", Path({"GET": management.health}))
     door.add("/openapi.json", Path({"GET": door.described}))
-    door.add("/v1/models", Path({"GET": llama.listed}))
-    door.add("/v1/models/", Path({"GET": management.entry}))
+    door.add("/v1/models", Path({"GET": llama.listed}, Access.USE))
+    door.add("/v1/models/", Path({"GET": management.entry}, Access.USE))
     for route in ROUTES:
         if route.where is not Where.STORED:
-            door.add(route.path, Path({route.method: _to_model(router, route, door.guard)}))
+            handlers = {route.method: _to_model(router, route)}
+            door.add(route.path, Path(handlers, Access.USE, shape=route.shape))
     stored = [route for route in ROUTES if route.where is Where.STORED]
     by_id = _to_stored(router, stored)
     known = dict.fromkeys((route.method for route in stored), by_id)
-    door.add("/v1/responses/", Path(known, otherwise=by_id))
+    shape = stored[0].shape
+    door.add("/v1/responses/", Path(known, Access.USE, otherwise=by_id, shape=shape))
     return door
 
 
-def _to_model(router: Router, route: Route, guard: Guard) -> Handler:
+def _to_model(router: Router, route: Route) -> Handler:
     async def handler(request: web.BaseRequest, rest: str) -> web.StreamResponse:
-        if route.where is Where.SESSION:
-            guard.may_look(request)
-            guard.is_no_other_site(request)
         if request.method != route.method:  # HEAD, where GET is relayed
             raise Denied(_wrong_method(request.method, (route.method,)))
         return await router.answer(request, route)

@@ -11,12 +11,13 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
-from homegptd.core.model import Act
+from homegptd.core.model import Act, ModelId
 from homegptd.runtime.scheduler import Scheduler
 from homegptd.wire import control as wire
 
 from . import errors, methods
 from .bodies import read_body
+from .clients import asking
 from .desk import Desk
 from .errors import Denied
 from .models import Models
@@ -46,18 +47,22 @@ class Management:
         state = self._scheduler.state
         status = await self._desk.status()
         ok = state.booted and not state.stopping and can_serve(state)
-        told = {
+        told: dict[str, object] = {
             "status": "ok" if ok else status["phase_of_daemon"],
             "phase": status["phase_of_daemon"],
-            "summary": status["summary"],
-            "version": status["version"],
-            "models": {view["id"]: view["status"] for view in status["models"]},
         }
+        client = asking()
+        if client.known:
+            seen = [view for view in status["models"] if client.sees(ModelId(view["id"]))]
+            told["models"] = {view["id"]: view["status"] for view in seen}
+            told["version"] = status["version"]
+            if len(seen) == len(status["models"]):  # it names them all
+                told["summary"] = status["summary"]
         headers = None if ok else {"Retry-After": "5"}
         return web.json_response(told, status=200 if ok else 503, headers=headers)
 
     async def models(self, request: web.BaseRequest, rest: str) -> web.StreamResponse:
-        return web.json_response(self._desk.models())
+        return web.json_response(self._models.views())
 
     async def switch(self, request: web.BaseRequest, rest: str) -> web.StreamResponse:
         """Answers when the switch has ended; with `?wait=false` at once, with the operation."""
@@ -82,7 +87,10 @@ class Management:
     async def operation(self, request: web.BaseRequest, rest: str) -> web.StreamResponse:
         if not (rest.isascii() and rest.isdigit() and len(rest) < 16):
             raise methods.Refused("unknown-operation", f'no operation "{rest[:100]}"')
-        return web.json_response(await self._desk.operation(int(rest)))
+        view = await self._desk.operation(int(rest))
+        if not asking().sees(ModelId(view["model"] or "")):
+            raise methods.Refused("unknown-operation", f"no operation {rest}")
+        return web.json_response(view)
 
     async def listed(self, request: web.BaseRequest, rest: str) -> web.StreamResponse:
         return web.json_response(self._models.listed())

@@ -9,6 +9,7 @@ from homegptd.core.refusals import Reason, Refusal
 from homegptd.wire import control as wire
 
 from .adjust import Adjustment
+from .clients import asking
 from .desk import Desk
 
 VIRTUAL = ("active", "default")
@@ -18,7 +19,8 @@ VIRTUAL = ("active", "default")
 class Models:
     """The model list of the OpenAI API, from the newest snapshot.
 
-    With `only` it is the list of a door to that one model: others are not there.
+    With `only` it is the list of a door to that one model: others are not there. Nor are those that
+    the client who asks may not use.
     """
 
     def __init__(self, desk: Desk, only: ModelId | None = None) -> None:
@@ -27,7 +29,10 @@ class Models:
 
     def find(self, name: str) -> ModelId | None:
         found = self._desk.resolve(name)
-        return found if self._only in (None, found) else None
+        return found if found is not None and self._shows(found) else None
+
+    def _shows(self, model: ModelId) -> bool:
+        return self._only in (None, model) and asking().sees(model)
 
     def kind(self, model: ModelId) -> str | None:
         """What the model is for, as configured; None where that is not known."""
@@ -35,7 +40,8 @@ class Models:
 
     def default(self) -> ModelId | None:
         """The model of a request that names none."""
-        return self._only or self._desk.default()
+        model = self._only or self._desk.default()
+        return model if model is not None and self._shows(model) else None
 
     def adjustment(self, model: ModelId) -> Adjustment | None:
         """What the configuration sets in requests for it."""
@@ -47,17 +53,20 @@ class Models:
         if name not in VIRTUAL:
             return None
         awake = self._desk.awake() if name == "active" else ()
-        fit = (m for m in awake if kinds is None or self.kind(m) in (None, *kinds))
-        return self._only or next(fit, None) or self._desk.default()
+        able = (m for m in awake if kinds is None or self.kind(m) in (None, *kinds))
+        fit = (model for model in able if self._shows(model))
+        return self._only or next(fit, None) or self.default()
 
-    def _views(self) -> list[wire.ModelView]:
-        return [v for v in self._desk.models() if self._only in (None, v["id"])]
+    def views(self) -> list[wire.ModelView]:
+        """All models that are there for this client, in the order of the configuration."""
+        return [view for view in self._desk.models() if self._shows(ModelId(view["id"]))]
 
     def unknown(self, name: str) -> Refusal:
         """Names what is near, or else what there is."""
-        known = [each for view in self._views() for each in (view["id"], *view["aliases"])]
+        known = [each for view in self.views() for each in (view["id"], *view["aliases"])]
         near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}" if near else f"known are {', '.join(known)}"
+        hint = hint if known else "this key may use none"
         shown = name if len(name) <= 100 else name[:100] + "…"
         return Refusal(Reason.UNKNOWN_MODEL, f'there is no model "{shown}"', hint=hint)
 
@@ -66,7 +75,7 @@ class Models:
         return {"object": "list", "data": self.entries()}
 
     def entries(self) -> list[dict[str, object]]:
-        return [self._entry(view) for view in self._views()]
+        return [self._entry(view) for view in self.views()]
 
     def entry(self, name: str) -> dict[str, object] | None:
         """The answer to GET /v1/models/NAME; None where there is no such model."""

@@ -26,6 +26,7 @@ from homegptd.core.refusals import Reason, Refusal
 from homegptd.runtime.scheduler import Lease, Refused, Scheduler
 
 from . import errors
+from .clients import asking
 from .errors import Denied, Problem
 from .upstream import Address
 
@@ -50,6 +51,7 @@ class Line:
     named: Callable[[str | None], ModelId]
     """The model of that name. Raises: Denied."""
     address: Callable[[ModelId], Address]
+    engine_key: Callable[[ModelId], str | None]
     idle_s: float
 
 
@@ -190,7 +192,10 @@ class _Session:
 
     async def _serve(self, model: ModelId, first: list[str], inbox: asyncio.Queue[str]) -> _Over:
         """How it ended."""
-        lease = self._line.scheduler.lease(model, freezable=False)
+        key = asking()
+        lease = self._line.scheduler.lease(
+            model, freezable=False, may_switch=key.may_switch, max_wait_s=key.max_wait_s
+        )
         try:
             async with lease:
                 return await self._converse(lease, first, inbox)
@@ -205,8 +210,10 @@ class _Session:
         unix = isinstance(at, str)
         connector = aiohttp.UnixConnector(at) if isinstance(at, str) else aiohttp.TCPConnector()
         url = "http://engine" if unix else "http://{}:{}".format(*at)
+        secret = self._line.engine_key(lease.model)
+        headers = {} if secret is None else {"Authorization": f"Bearer {secret}"}
         async with (
-            aiohttp.ClientSession(connector=connector) as http,
+            aiohttp.ClientSession(connector=connector, headers=headers) as http,
             http.ws_connect(f"{url}/v1/realtime", max_msg_size=LARGEST, compress=0) as engine,
         ):
             for text in first:

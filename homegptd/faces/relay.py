@@ -9,6 +9,8 @@ relay looks for a few words that no string inside JSON can contain unescaped, an
 * in a stream the piece of a chunk, until the chunk is whole, so that an error frame can follow
   whatever was passed on.
 
+It leaves out one thing: the event with a stream's usage, where the client did not ask for it.
+
 An answer that vLLM cut itself (`finish_reason: "abort"`, a bare `[DONE]`) is never passed on as a
 complete one. After the first byte every error is a frame of the client's protocol and a closed
 connection; where the protocol has no frames, a connection closed before the announced end.
@@ -28,9 +30,12 @@ from homegptd.core.refusals import Reason, Refusal
 from homegptd.runtime.scheduler import Lease
 
 from . import errors
+from .accounts import Record
 from .ask import CLOSED, KEPT, Ask, Broken, Limits
+from .clients import asking
 from .early import Early
 from .upstream import Address, Connection, Head, Pool
+from .usage import MARK, without
 
 _HOLD_CHUNK = 64 * 1024
 _HOLD_ANSWER = 1 << 20
@@ -54,6 +59,7 @@ async def relay(
     pool: Pool,
     address: Address,
     limits: Limits,
+    record: Record,
     early: Early | None = None,
 ) -> web.StreamResponse:
     """Ask the engine at `address` and relay what it answers. Raises: Broken.
@@ -65,7 +71,7 @@ async def relay(
     while True:
         if connection is None:
             connection = await _connect(pool, address, lease, unchunked=old)
-        answer = Answer(request, ask, connection, lease, limits, pool.loop, early)
+        answer = Answer(request, ask, connection, lease, limits, record, pool.loop, early)
         await answer.relayed()
         if not answer.stale:
             return KEPT if answer.keep_alive else CLOSED
@@ -90,22 +96,23 @@ class Answer:
 
     __slots__ = (
         "_ask", "_begun", "_chunked", "_client", "_connection", "_early", "_full", "_head",
-        "_heard", "_held", "_hold", "_idle_s", "_last", "_lease", "_limits", "_loop", "_over",
-        "_owed", "_problem", "_protocol", "_request", "_spoiled", "_sse", "_status", "_tick_s",
-        "_timer", "_torn", "_turn", "keep_alive", "stale",
+        "_heard", "_held", "_hold", "_idle_s", "_last", "_lease", "_limits", "_loop", "_more",
+        "_over", "_owed", "_problem", "_protocol", "_record", "_request", "_spoiled", "_sse",
+        "_status", "_tick_s", "_timer", "_torn", "_turn", "keep_alive", "stale",
     )  # fmt: skip
 
     def __init__(
         self, request: web.BaseRequest, ask: Ask, connection: Connection, lease: Lease,
-        limits: Limits, loop: asyncio.AbstractEventLoop, early: Early | None,
+        limits: Limits, record: Record, loop: asyncio.AbstractEventLoop, early: Early | None,
     ) -> None:  # fmt: skip
         self._request, self._ask, self._connection, self._early = request, ask, connection, early
-        self._lease, self._limits, self._loop = lease, limits, loop
+        self._lease, self._limits, self._record, self._loop = lease, limits, record, loop
         self._protocol = request.protocol
         client = request.transport
         if client is None:
             raise ConnectionResetError("the client is gone")
         self._client = client
+        self._more = asking().headers
         self.keep_alive = request.keep_alive
         self.stale = False
         self._head = self._last = self._owed = b""
@@ -168,6 +175,7 @@ class Answer:
         version = b"1.1" if self._request.version >= HttpVersion11 else b"1.0"
         lines = [b"HTTP/%s %d %s" % (version, head.status, head.reason)]
         lines += [b"%s: %s" % each for each in head.headers if each[0].lower() not in _HOP_BY_HOP]
+        lines += [b"%s: %s" % (k.encode(), v.encode()) for k, v in self._more]
         if self._chunked:
             lines.append(b"Transfer-Encoding: chunked")
         if not self.keep_alive:
@@ -187,6 +195,10 @@ class Answer:
             data = bytes(self._held)
             self._held.clear()
         self._torn = not whole
+        if MARK in data or not (whole or self._sse):
+            self._record.passed(data, whole=whole or self._sse)
+            if self._ask.strip_usage and self._sse:
+                data = without(data)
         flaw = self._flaw(data)
         if flaw is not None:
             at, what = flaw
@@ -195,7 +207,7 @@ class Answer:
         elif self._begun:
             self._last = data
             self._write(data)
-        else:
+        elif data:
             self._begin(data)
 
     def _flaw(self, data: bytes) -> tuple[int, str] | None:
@@ -225,7 +237,9 @@ class Answer:
         if self._ask.learn is not None and self._status < 300:
             self._ask.learn(data)
         self._last = data
-        if not self._sse:
+        if self._sse:
+            self._record.began()
+        else:
             self._hold = 0
         self._write(self._head + data)
 

@@ -3,7 +3,7 @@
 Instants in a snapshot are loop time; `wall` turns them into Unix seconds.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from homegptd.core import drains, ledger
 from homegptd.core.draft import in_flight
@@ -28,6 +28,8 @@ from homegptd.core.model import (
 from homegptd.core.story import ends_first
 from homegptd.core.words import count
 from homegptd.wire import control as wire
+
+from .accounts import Account, Spread
 
 Wall = Callable[[float], float]
 Names = Mapping[ModelId, tuple[str, tuple[str, ...]]]
@@ -238,6 +240,32 @@ def _until(state: State, engine: Engine) -> float | None:
             return until
         case _:
             return None
+
+
+def accounts_view(accounts: Iterable[Account]) -> list[wire.AccountView]:
+    return [
+        {
+            "model": each.model,
+            "key": each.key,
+            "requests": each.requests,
+            "answered": each.answered,
+            "refused": each.refused,
+            "failed": each.failed,
+            "aborted": each.aborted,
+            "retried": each.retried,
+            "frozen": each.frozen,
+            "tokens_read": each.tokens_read,
+            "tokens_written": each.tokens_written,
+            "uncounted": each.uncounted,
+            "wait_s": _average(each.waited),
+            "first_token_s": _average(each.first_token),
+        }
+        for each in accounts
+    ]
+
+
+def _average(spread: Spread) -> float | None:
+    return round(spread.sum_s / spread.count, 4) if spread.count else None
 
 
 def _level(phase: Phase) -> wire.Level | None:

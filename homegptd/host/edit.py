@@ -1,4 +1,5 @@
-"""Adding a model to the text of a configuration, or taking one out, with all comments kept.
+"""Adding a model to the text of a configuration, or taking one out, with all comments kept. The
+same for the file of API keys.
 
 The text is edited by lines; PyYAML's node tree says which ones.
 """
@@ -6,6 +7,7 @@ The text is edited by lines; PyYAML's node tree says which ones.
 import json
 import re
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 import yaml
 
@@ -18,23 +20,36 @@ _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./@-]*")
 _WORDS = {"true", "false", "yes", "no", "on", "off", "null"}
 
 
-def added(text: str, entry: Mapping[str, Value]) -> str:
-    """The text with a model at the end of `models:`. Raises: HostFault."""
-    models = _models(text)
+def added(text: str, entry: Mapping[str, Value], *, section: str = "models") -> str:
+    """The text with one more entry at the end of a section. Raises: HostFault."""
+    models = _list(text, section)
     rows = text.splitlines()
     after = _end(models.value[-1], rows, models.start_mark.column)
-    indent = " " * models.start_mark.column
-    block = [f"{indent}{'- ' if at == 0 else '  '}{row}" for at, row in enumerate(_rows(entry))]
+    block = item(entry, models.start_mark.column)
     return "\n".join([*rows[: after + 1], "", *block, *rows[after + 1 :]]) + "\n"
+
+
+def item(entry: Mapping[str, Value], column: int) -> list[str]:
+    """The lines of one entry of a list."""
+    indent = " " * column
+    return [f"{indent}{'- ' if at == 0 else '  '}{row}" for at, row in enumerate(_rows(entry))]
 
 
 def removed(text: str, ident: str) -> str:
     """The text without a model and the comments right above it. Raises: HostFault."""
-    models = _models(text)
+    return without(text, ident) or _no_model(ident)
+
+
+def without(text: str, ident: str, *, section: str = "models", by: str = "id") -> str | None:
+    """The text without an entry and the comments right above it; None if it is not there.
+
+    Raises: HostFault.
+    """
+    models = _list(text, section)
     rows = text.splitlines()
-    item = next((one for one in models.value if _id(one) == ident), None)
+    item = next((one for one in models.value if _id(one, by) == ident), None)
     if item is None:
-        raise HostFault(f'there is no model "{ident}" in models:', "homegptctl status")
+        return None
     first, last = item.start_mark.line, _end(item, rows, models.start_mark.column)
     while first and rows[first - 1].lstrip().startswith("#"):
         first -= 1
@@ -43,19 +58,23 @@ def removed(text: str, ident: str) -> str:
     return "\n".join([*rows[:first], *rows[last + 1 :]]) + "\n"
 
 
-def _models(text: str) -> yaml.SequenceNode:
+def _no_model(ident: str) -> NoReturn:
+    raise HostFault(f'there is no model "{ident}" in models:', "homegptctl status")
+
+
+def _list(text: str, section: str) -> yaml.SequenceNode:
     root = compose(text, Document(""))
     for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
-        if key.value == "models" and isinstance(value, yaml.SequenceNode) and value.value:
+        if key.value == section and isinstance(value, yaml.SequenceNode) and value.value:
             if not value.flow_style:
                 return value
             break
-    raise HostFault("cannot edit models: it is not a list of lines that begin with a dash")
+    raise HostFault(f"cannot edit {section}: it is not a list of lines that begin with a dash")
 
 
-def _id(item: yaml.Node) -> str | None:
+def _id(item: yaml.Node, by: str) -> str | None:
     pairs = item.value if isinstance(item, yaml.MappingNode) else ()
-    return next((value.value for key, value in pairs if key.value == "id"), None)
+    return next((value.value for key, value in pairs if key.value == by), None)
 
 
 def _end(item: yaml.Node, rows: Sequence[str], column: int) -> int:

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -68,8 +69,11 @@ def _ours(folder: Path) -> dict[str, str]:
     return found
 
 
-def put(path: Path, text: str, *, mode: int = 0o644) -> None:
-    """Write a file whole or not at all; one that is there keeps mode and owner. Raises: OSError."""
+def put(path: Path, text: str, *, mode: int = 0o644, group: str | None = None) -> None:
+    """Write a file whole or not at all; one that is there keeps mode and owner. Raises: OSError.
+
+    A new one belongs to `group`, where there is such a group and root writes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.new")
     try:
@@ -78,6 +82,9 @@ def put(path: Path, text: str, *, mode: int = 0o644) -> None:
                 now = path.stat()
                 os.fchown(file.fileno(), now.st_uid, now.st_gid)
                 mode = now.st_mode & 0o7777
+            elif group is not None and os.geteuid() == 0:
+                with suppress(LookupError):
+                    shutil.chown(part, group=group)
             os.fchmod(file.fileno(), mode)
             file.write(text)
             file.flush()

@@ -13,6 +13,8 @@ LOGGING = "/etc/homegpt/vllm-logging.json"
 QUADLETS = "/etc/containers/systemd/homegpt"
 RULE = "/etc/polkit-1/rules.d/50-homegpt.rules"
 CONFIG = "/etc/homegpt/config.yaml"
+KEYS = "/etc/homegpt/keys.yaml"
+"""API keys as hashes, unless `http.keys` names another file."""
 GROUP = "homegpt"
 
 

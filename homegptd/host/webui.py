@@ -13,6 +13,8 @@ from .quote import expanded, word
 NAME = "homegpt.internal"
 """How the box is called inside; an address of the bridge, where homegptd listens too."""
 SECRET = "homegpt-webui"  # noqa: S105 - the name of a Podman secret
+KEY = "homegpt-webui-key"
+"""Another Podman secret, with an API key."""
 _CONNECTION = {
     "0": {
         "enable": True,
@@ -42,7 +44,7 @@ PublishPort=127.0.0.1:{port}:8080
 Volume=open-webui:/app/backend/data
 {env}
 Secret={SECRET},type=env,target=WEBUI_SECRET_KEY
-DropCapability=all
+{_key(config)}DropCapability=all
 NoNewPrivileges=true
 RunInit=true
 LogDriver=journald
@@ -52,7 +54,7 @@ Slice=homegpt.slice
 # signs the sessions: a new one at each start would log everybody out
 ExecStartPre=/bin/sh -c "podman secret inspect {SECRET} >/dev/null 2>&1 || \\
     head -c 32 /dev/urandom | base64 -w0 | podman secret create {SECRET} - >/dev/null"
-Restart=on-failure
+{_make_key(config)}Restart=on-failure
 RestartSec=5
 # the first start fetches the image
 TimeoutStartSec=60min
@@ -63,11 +65,28 @@ WantedBy=homegpt.service
 """
 
 
+def _key(config: Config) -> str:
+    """Its API key, where the daemon asks for one."""
+    return f"Secret={KEY},type=env,target=OPENAI_API_KEYS\n" if config.http.keys else ""
+
+
+def _make_key(config: Config) -> str:
+    if not config.http.keys:
+        return ""
+    return f"""\
+# a key of its own, with which it loads and unloads models
+ExecStartPre=/bin/sh -c "podman secret inspect {KEY} >/dev/null 2>&1 || \\
+    homegptctl key add open-webui --manage --replace | podman secret create {KEY} - >/dev/null"
+"""
+
+
 def _environment(config: Config) -> dict[str, str]:
     port = config.http.listen[0].rpartition(":")[2]
+    # must not be empty, also where the daemon asks for none
+    key = {} if config.http.keys else {"OPENAI_API_KEYS": "homegpt"}
     return {
         "OPENAI_API_BASE_URLS": f"http://{NAME}:{port}/v1",
-        "OPENAI_API_KEYS": "homegpt",  # must not be empty; the daemon asks for none here
+        **key,
         "OPENAI_API_CONFIGS": json.dumps(_CONNECTION, separators=(",", ":")),
         "ENABLE_OLLAMA_API": "false",
         "ENABLE_PERSISTENT_CONFIG": "false",  # this file is the truth, not the database

@@ -45,6 +45,7 @@ TABLE: dict[str, Row] = {
     "cancelled": Row(409, "invalid_request_error", -32009, FAILED),
     "too-large": Row(413, "invalid_request_error", -32010, USAGE),
     "bad-config": Row(422, "invalid_request_error", -32011, CONFIG),
+    "too-many-requests": Row(429, "rate_limit_error", -32018, REFUSED),
     "internal": Row(500, "server_error", -32603, FAILED),
     "engine-fault": Row(502, "server_error", -32012, FAILED),
     "cut": Row(502, "server_error", -32013, FAILED),

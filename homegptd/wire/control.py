@@ -237,6 +237,25 @@ class OperationView(TypedDict):
     expected_s: Annotated[float | None, "for all steps together"]
 
 
+class AccountView(TypedDict):
+    """Requests of one model and one key since the daemon's start, and what became of them."""
+
+    model: Annotated[str, "empty for requests that named none that is there"]
+    key: Annotated[str, "name of the API key; empty where nobody is asked for one"]
+    requests: int
+    answered: int
+    refused: Annotated[int, "by the router"]
+    failed: Annotated[int, "the engine was lost or cut its answer"]
+    aborted: Annotated[int, "the client went away"]
+    retried: int
+    frozen: int
+    tokens_read: int
+    tokens_written: int
+    uncounted: Annotated[int, "answers that do not say how many tokens they took"]
+    wait_s: Annotated[float | None, "for the model, on average"]
+    first_token_s: Annotated[float | None, "of streams, from arrival, on average"]
+
+
 class StatusView(TypedDict):
     """The whole box at one glance."""
 
@@ -253,6 +272,7 @@ class StatusView(TypedDict):
     gpus: list[GpuView]
     host: HostView
     operations: Annotated[list[OperationView], "those that run, oldest first"]
+    accounts: NotRequired[list[AccountView]]
 
 
 class PlanStepView(TypedDict):

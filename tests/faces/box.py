@@ -23,12 +23,13 @@ from homegptd.core.commands import Command, Order, Probe, Sleep, Start, Stop, Wa
 from homegptd.core.events import EngineDied, Event, SleepEnded, StartEnded, StopEnded, WakeEnded
 from homegptd.core.model import Awake, EngineSpec, Failure, Gpu, ModelId, SleepLevel, State, Traits
 from homegptd.faces import http
+from homegptd.faces.accounts import Accounts
 from homegptd.faces.ask import Limits
 from homegptd.faces.bodies import Bodies
 from homegptd.faces.desk import Desk
 from homegptd.faces.early import Pace
 from homegptd.faces.guard import Guard
-from homegptd.faces.router import Settings
+from homegptd.faces.router import EngineKeys, Settings, no_key
 from homegptd.faces.upstream import Address
 from homegptd.runtime.scheduler import Scheduler
 
@@ -81,6 +82,7 @@ class Box:
     hands: Hands
     host: str
     port: int
+    accounts: Accounts
     clients: list[Client] = field(default_factory=list)
 
     @property
@@ -149,6 +151,7 @@ async def running(
     booted: bool = True,
     disabled: tuple[str, ...] = (),
     guard: Guard | None = None,
+    engine_keys: EngineKeys = no_key,
     **specs: Any,
 ) -> AsyncIterator[Box]:
     """A box whose first model is the default. `chat` has the alias `talk`."""
@@ -179,7 +182,8 @@ async def running(
     names = {ModelId(name): (name.title(), ()) for name in addresses}
     if "chat" in addresses:
         names[ModelId("chat")] = ("Chat", ("talk", "lab/Chat-7B"))
-    desk = Desk(scheduler, names, kinds=kinds, logs=_no_logs, reload=_no_reload)
+    accounts = Accounts()
+    desk = Desk(scheduler, names, kinds=kinds, logs=_no_logs, reload=_no_reload, accounts=accounts)
     bodies = bodies or Bodies(max_held_bytes)
     settings = Settings(
         max_body_bytes,
@@ -198,12 +202,14 @@ async def running(
                 scheduler=scheduler,
                 desk=desk,
                 addresses=lambda model: _address(addresses[model]),
+                engine_keys=engine_keys,
                 settings=settings,
                 guard=guard,
+                accounts=accounts,
             )
             runner = await http.serve(door, [listener], shutdown_s=0.5)
             assert runner.server is not None
-            small = Box(scheduler, desk, door, runner.server, hands, host, port)
+            small = Box(scheduler, desk, door, runner.server, hands, host, port, accounts)
             try:
                 yield small
             finally:

@@ -16,7 +16,7 @@ from .box import CHAT, HELLO, SSE, STREAM, Asked, Engine, answer, dying_after, i
 
 GOOD = answer({"choices": []})
 RESPONSES = "/v1/responses"
-STORED = {"input": "Hello", "store": True}
+STORED = {"model": "chat", "input": "Hello", "store": True}
 """What the engine keeps: sent twice it would be there twice."""
 STAINLESS = "x-stainless-read-timeout: {}\r\n"
 

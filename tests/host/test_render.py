@@ -167,3 +167,18 @@ def test_an_empty_value_is_joined_to_its_flag() -> None:
 def test_what_no_unit_file_can_hold_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="cannot stand in a unit file"):
         word(text)
+
+
+# ------------------------------------------------------------ Open WebUI
+
+
+def test_open_webui_gets_a_key_of_its_own_where_keys_are_asked_for() -> None:
+    head = "webui: {enabled: true}\n"
+    plain = render(parse(MODEL.format(more="") + head, "c"))["open-webui.container"]
+    asked = render(parse(MODEL.format(more="") + head + "http: {keys: /k.yaml}\n", "c"))
+    text = asked["open-webui.container"]
+    assert "OPENAI_API_KEYS=homegpt" in plain
+    assert "key add" not in plain
+    assert "Secret=homegpt-webui-key,type=env,target=OPENAI_API_KEYS" in text
+    assert "OPENAI_API_KEYS=homegpt" not in text
+    assert any("homegptctl key add open-webui" in one for one in values(text, "ExecStartPre"))
