@@ -1,6 +1,6 @@
 """How long who wants an engine gone waits for it: two numbers, and when an engine is idle."""
 
-from . import plans
+from . import durations
 from .draft import Draft
 from .model import Awake, Engine, ModelId
 
@@ -27,7 +27,7 @@ def quiet_s(d: Draft, model: ModelId) -> float:
     As long as a switch takes, but longer than the pauses of programs and shorter than those of
     people; else two programs that ask in turn would make each other switch at every pause.
     """
-    cost = plans.switch_cost_s(d.engines[model])
+    cost = durations.switch_cost_s(d.engines[model])
     return min(max(cost, LEAST_QUIET_S), MOST_QUIET_S, residency_s(d, model))
 
 
@@ -48,5 +48,5 @@ def _share(d: Draft, given: float | None, model: ModelId) -> float:
     """So long that under full contention switching takes at most `switch_share` of the time."""
     if given is not None:
         return given
-    cost = plans.switch_cost_s(d.engines[model])
+    cost = durations.switch_cost_s(d.engines[model])
     return cost * (1 - d.policy.switch_share) / d.policy.switch_share

@@ -6,7 +6,7 @@ that is loaded.
 
 from dataclasses import replace
 
-from . import plans, results
+from . import durations, results
 from .draft import Draft
 from .drains import Resting
 from .goals import Goal, Reach, goals, may_displace, room
@@ -68,14 +68,11 @@ def _give_up_what_hangs(d: Draft, goal: Goal) -> None:
 def _hangs_at(engine: Engine) -> float | None:
     """The instant from which its order in flight counts as hanging; None without such an order."""
     match engine.phase:
-        case Starting(since=since):
-            typical = plans.takes(engine, "start")
-        case Waking(since=since, level=level):
-            typical = plans.takes(engine, f"wake-{level}")
-        case FallingAsleep(since=since, level=level):
-            typical = plans.takes(engine, f"sleep-{level}")
-        case Proving(since=since):
+        case Starting() | Waking() | FallingAsleep():
+            act = durations.act_of(engine.phase)
+            typical = durations.takes(engine, act) if act else 0.0
+        case Proving():
             typical = _PROOF_S
         case _:
             return None
-    return since + 2 * typical + _SLACK_S
+    return engine.phase.since + 2 * typical + _SLACK_S

@@ -144,7 +144,9 @@ def _close(d: Draft, ticket_id: TicketId, *, served: bool) -> None:
     if engine is not None:
         failures = 0 if served else engine.failures
         phase = _without(engine.phase, ticket_id, d.now)
-        d.put(replace(engine, phase=phase, failures=failures, last_used=d.now))
+        # who drains does not become dearer to displace with each answer that ends
+        used = engine.last_used if isinstance(phase, Draining) else d.now
+        d.put(replace(engine, phase=phase, failures=failures, last_used=used))
 
 
 def _without(phase: Phase, ticket: TicketId, now: float) -> Phase:

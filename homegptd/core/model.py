@@ -238,6 +238,8 @@ class FallingAsleep:
     level: SleepLevel
     frozen: frozenset[TicketId] = frozenset()
     wanted_by: ModelId | None = None
+    first: bool = False
+    """Pins its host RAM, and so takes longer than later ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,8 +293,8 @@ class Engine:
     next_spec: EngineSpec | None = None
     """The changed settings. Until it is down, `spec` stays what it runs with and is charged for."""
     last_used: float = 0.0
-    timings: Mapping[str, float] = field(default_factory=dict)
-    """Typical seconds of `start`, `sleep-1`, `sleep-2`, `wake-1`, `wake-2` on this box."""
+    took: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Seconds that each act of `durations` took on this box, the newest last."""
     unproved: Mapping[Proof, str] = field(default_factory=dict)
     """Proofs that failed, and how."""
     no_room: Failure | None = None
@@ -377,6 +379,8 @@ class State:
     granted: Mapping[TicketId, Ticket] = field(default_factory=dict)
     operations: tuple[Operation, ...] = ()
     chores: tuple[Chore, ...] = ()
+    wanted: tuple[ModelId, ...] = ()
+    """Whom the last wakes were for, the newest last: what is likely next."""
     booted: bool = False
     """The bootstrap is over: what could be brought up is up."""
     stopping: bool = False

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from homegptd.core import plans
+from homegptd.core import durations, plans
 from homegptd.core.model import (
     Act,
     Asleep,
@@ -15,6 +15,7 @@ from homegptd.core.model import (
     ModelId,
     Operation,
     Proving,
+    SleepLevel,
     Starting,
     State,
     Stopping,
@@ -146,7 +147,10 @@ def foresee(state: State, operation: Operation) -> list[_Step]:
         case Act.SLEEP:
             return [*_drain(engine), _sleep(engine)]
         case Act.STOP:
-            return [*_drain(engine), _Step("stop", operation.model, plans.takes(engine, "stop"))]
+            return [
+                *_drain(engine),
+                _Step("stop", operation.model, durations.takes(engine, "stop")),
+            ]
         case Act.PROVE:
             return [_Step("prove", operation.model, None)]
 
@@ -156,5 +160,5 @@ def _drain(engine: Engine) -> list[_Step]:
 
 
 def _sleep(engine: Engine) -> _Step:
-    level = engine.spec.level or 1
-    return _Step("sleep", engine.spec.model, plans.takes(engine, f"sleep-{level}"))
+    act = durations.to_sleep(engine, engine.spec.level or SleepLevel.ONE)
+    return _Step("sleep", engine.spec.model, durations.takes(engine, act))

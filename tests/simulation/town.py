@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from random import Random
-from statistics import median
 
 from homegptd.core.draft import in_flight
 from homegptd.core.events import ConfigChanged, ShutdownAsked
@@ -292,12 +291,11 @@ class Town:
         state = initial(
             self._specs(), self.fleet.policy, dict(self.fleet.gpus), self.fleet.host_mib
         )
-        timings: dict[ModelId, dict[str, float]] = {}
+        took: dict[ModelId, dict[str, tuple[float, ...]]] = {}
         for (model, act), seconds in self.store.durations().items():
-            timings.setdefault(model, {})[act] = median(seconds)
+            took.setdefault(model, {})[act] = tuple(seconds)
         engines = {
-            name: replace(engine, timings=timings.get(name, {}))
-            for name, engine in state.engines.items()
+            name: replace(engine, took=took.get(name, {})) for name, engine in state.engines.items()
         }
         return replace(state, engines=engines)
 
