@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from . import ledger, plans
+from . import ledger, levels, plans
 from .admission import asks_for_a_switch
 from .draft import Draft
 from .fairness import patience_s
@@ -123,7 +123,7 @@ def _of_chore(chore: Chore) -> Goal:
     return Goal(reach, chore.model, chore.since, chore=chore, gentle=chore.gentle)
 
 
-def room(d: Draft, goal: Goal) -> plans.Displacements | None:
+def room(d: Draft, goal: Goal) -> levels.Displacements | None:
     """What has to go before `goal` can bring its engine up; None: that can never be.
 
     Loading for later stops nobody who sleeps already, or two models would stop each other by turns.
@@ -155,7 +155,7 @@ def _gives_way(d: Draft, goal: Goal, engine: Engine) -> bool:
 
     What cannot sleep would have to be stopped: never for one that is only loaded for later.
     """
-    if goal.reach is Reach.LOADED and not any(plans.levels(engine, d.policy)):
+    if goal.reach is Reach.LOADED and not any(levels.levels(engine, d.policy)):
         return False
     match engine.phase:
         case Awake(leases=leases, held_until=held):
@@ -215,7 +215,7 @@ def wants_freeze_proof(engine: Engine, policy: Policy) -> bool:
     return (
         traits is not None
         and traits.can_keep
-        and SleepLevel.ONE in plans.levels(engine, policy)
+        and SleepLevel.ONE in levels.levels(engine, policy)
         and Proof.FREEZE not in traits.proofs
         and Proof.FREEZE not in engine.unproved
     )
@@ -229,7 +229,7 @@ def unproved(d: Draft, goal: Goal, level: SleepLevel | None) -> Proof | None:
     engine = d.engines[goal.model]
     lowered = level is None or engine.spec.level is SleepLevel.TWO
     wants_two = lowered or (d.policy.level is SleepLevel.TWO and engine.spec.level is None)
-    if wants_two and plans.worth_proving(engine, d.policy):
+    if wants_two and levels.worth_proving(engine, d.policy):
         return Proof.RELOAD
     own = 0 if goal.operation is None else 1
     alone = not d.waiting and len(d.operations) == own
@@ -243,10 +243,10 @@ def resting_level(d: Draft, goal: Goal) -> SleepLevel | None:
     engine, limit = d.engines[goal.model], ledger.budget(d.state())
     asked = goal.operation.level if goal.operation else None
     if asked is None or engine.traits is None:
-        return plans.resting_level(d.engines, goal.model, d.policy, limit)
+        return levels.resting_level(d.engines, goal.model, d.policy, limit)
     proved = asked is SleepLevel.ONE or engine.traits.proofs.get(Proof.RELOAD, False)
     able = proved and asked in engine.traits.levels
-    return asked if able and plans.rests_at(d.engines, goal.model, asked, limit) else None
+    return asked if able and levels.rests_at(d.engines, goal.model, asked, limit) else None
 
 
 def bootstrap(d: Draft) -> list[Chore]:

@@ -1,10 +1,11 @@
 """Steps to a goal: the cheapest set of sleeps and stops that makes room, and what it will take."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from . import drains, durations, ledger
+from . import drains, durations, ledger, sums
 from .ledger import Books
+from .levels import Displacements, levels
 from .likely import likely
 from .model import (
     Asleep,
@@ -14,8 +15,6 @@ from .model import (
     Engine,
     FallingAsleep,
     ModelId,
-    Policy,
-    Proof,
     SleepLevel,
     State,
     Stopping,
@@ -23,9 +22,6 @@ from .model import (
 )
 from .search import Way, cheapest
 from .words import count
-
-Displacements = Mapping[ModelId, SleepLevel | None]
-"""How each engine in the way makes room: the level it sleeps at, or None: it is stopped."""
 
 _REST = 1.0
 """What it costs to displace at all, in seconds: fewer are better."""
@@ -36,49 +32,6 @@ _BEGUN = 30.0
 _COLD = 10.0
 """A start also reads the disk, and fails more often than a wake does: no sleeper is stopped that
 could stay, whatever was measured."""
-
-
-def levels(engine: Engine, policy: Policy) -> Iterator[SleepLevel]:
-    """The levels it may sleep at, best first. None of them: it has to be stopped."""
-    can = engine.traits.levels if engine.traits else frozenset()
-    reloads = engine.traits is not None and engine.traits.proofs.get(Proof.RELOAD, False)
-    wanted = engine.spec.level or policy.level
-    if wanted is SleepLevel.ONE and SleepLevel.ONE in can:
-        yield SleepLevel.ONE
-    if engine.spec.level is not SleepLevel.ONE and SleepLevel.TWO in can and reloads:
-        yield SleepLevel.TWO
-    if engine.spec.level is None and wanted is SleepLevel.TWO and SleepLevel.ONE in can:
-        yield SleepLevel.ONE  # rather than be stopped, where RAM has room after all
-
-
-def resting_level(
-    engines: Mapping[ModelId, Engine], model: ModelId, policy: Policy, limit: Books
-) -> SleepLevel | None:
-    """The level at which `model` can sleep beside the others; None: only stopping it works."""
-    can = levels(engines[model], policy)
-    return next((level for level in can if rests_at(engines, model, level, limit)), None)
-
-
-def rests_at(
-    engines: Mapping[ModelId, Engine], model: ModelId, level: SleepLevel, limit: Books
-) -> bool:
-    """Whether host RAM has room for `model` asleep at `level` once all orders have ended."""
-    others = sum(
-        ledger.eventual(engine)[ledger.HOST] for name, engine in engines.items() if name != model
-    )
-    return others + ledger.asleep(engines[model], level)[ledger.HOST] <= limit[ledger.HOST]
-
-
-def worth_proving(engine: Engine, policy: Policy) -> bool:
-    """Whether knowing that a reload works would let it sleep at level 2."""
-    traits = engine.traits
-    return (
-        traits is not None
-        and SleepLevel.TWO in traits.levels
-        and Proof.RELOAD not in traits.proofs
-        and Proof.RELOAD not in engine.unproved
-        and engine.spec.level is not SleepLevel.ONE
-    )
 
 
 def make_room(
@@ -173,8 +126,9 @@ class Step:
 class Plan:
     model: ModelId
     steps: tuple[Step, ...]
-    lacks: tuple[str, ...] = ()
-    """The sums that do not come out; empty if it fits."""
+    fits: bool = True
+    sums: tuple[str, ...] = ()
+    """For each place how it fits; if it does not, for each place that lacks room."""
 
     @property
     def expected_s(self) -> float | None:
@@ -185,17 +139,23 @@ class Plan:
 
 def can_ever_fit(state: State, model: ModelId) -> bool:
     """Whether `model` can be awake at all, if all that is not pinned makes room."""
-    pinned = [name for name, engine in state.engines.items() if engine.spec.pinned]
-    return make_room(state, model, may_displace=lambda e: e.spec.model not in pinned) is not None
+    return make_room(state, model, may_displace=is_not_pinned) is not None
+
+
+def is_not_pinned(engine: Engine) -> bool:
+    """Whether somebody else's need may displace it."""
+    return not engine.spec.pinned
 
 
 def plan_switch(state: State, model: ModelId) -> Plan:
     """What making `model` awake would take, were it asked for now."""
-    room = make_room(state, model, may_displace=lambda engine: not engine.spec.pinned)
+    room = make_room(state, model, may_displace=is_not_pinned)
     if room is None:
-        return Plan(model, (), ledger.explain(state, model))
+        lacks = sums.lacking(state, model, may_displace=is_not_pinned)
+        return Plan(model, (), fits=False, sums=lacks)
     steps = [step for name, how in room.items() for step in _displacing(state, name, model, how)]
-    return Plan(model, (*steps, *_bringing_up(state.engines[model])))
+    steps += _bringing_up(state.engines[model])
+    return Plan(model, tuple(steps), sums=sums.fitting(state, model, room))
 
 
 def _displacing(
@@ -211,20 +171,15 @@ def _displacing(
     if how is None:
         yield Step("stop", name, durations.takes(engine, "stop"), why)
     else:
-        yield Step(
-            "sleep",
-            name,
-            durations.takes(engine, durations.to_sleep(engine, how)),
-            f"{why} (level {how})",
-        )
+        expected_s = durations.takes(engine, durations.to_sleep(engine, how))
+        yield Step("sleep", name, expected_s, f"{why} (level {how})")
 
 
 def _bringing_up(engine: Engine) -> Iterator[Step]:
     match engine.phase:
         case Down() | Stopping():
-            yield Step(
-                "start", engine.spec.model, durations.takes(engine, "start"), "it is not running"
-            )
+            expected_s = durations.takes(engine, "start")
+            yield Step("start", engine.spec.model, expected_s, "it is not running")
         case Asleep(level=level) | FallingAsleep(level=level):
             why = f"it sleeps at level {level}"
             yield Step("wake", engine.spec.model, durations.takes(engine, f"wake-{level}"), why)

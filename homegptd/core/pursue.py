@@ -6,7 +6,7 @@ different GPUs go on side by side and those on the same GPU one after the other.
 
 from dataclasses import dataclass, field, replace
 
-from . import ledger, plans, results
+from . import ledger, plans, results, sums
 from .admission import turn_away
 from .draft import Draft
 from .drains import Resting, drain_s, progress
@@ -16,6 +16,7 @@ from .goals import (
     Reach,
     arranged,
     goals,
+    may_displace,
     may_pin_now,
     resting_level,
     restores,
@@ -24,6 +25,7 @@ from .goals import (
     wakes,
 )
 from .haste import hurry
+from .levels import Displacements
 from .model import (
     Asleep,
     Awake,
@@ -253,7 +255,7 @@ class _Pass:
             else:
                 d.start(goal.model)
 
-    def _remember(self, goal: Goal, displaced: plans.Displacements) -> None:
+    def _remember(self, goal: Goal, displaced: Displacements) -> None:
         """A load for later borrows its room from whoever is awake."""
         if goal.reach is not Reach.LOADED:
             return
@@ -271,7 +273,9 @@ class _Pass:
         d = self.d
         if not goal.gentle and any(results.frozen(e) for e in d.engines.values()):
             return  # what is frozen ends in bounded time, and then there is room
-        refusal = ledger.no_room(d.state(), goal.model)
+        refusal = sums.no_room(
+            d.state(), goal.model, may_displace=lambda engine: may_displace(d, goal, engine)
+        )
         if not plans.can_ever_fit(d.state(), goal.model):
             why = Failure(refusal.message, refusal.hint)
             d.put(replace(d.engines[goal.model], no_room=why))

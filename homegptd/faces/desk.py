@@ -99,7 +99,7 @@ class Desk:
         plan = plans.plan_switch(self._scheduler.state, self._known(model))
         return {
             "model": plan.model,
-            "fits": not plan.lacks,
+            "fits": plan.fits,
             "steps": [
                 {
                     "do": step.do,
@@ -109,8 +109,8 @@ class Desk:
                 }
                 for step in plan.steps
             ],
-            "expected_s": None if plan.lacks else _rounded(plan.expected_s),
-            "sum": list(plan.lacks),
+            "expected_s": _rounded(plan.expected_s) if plan.fits else None,
+            "sum": list(plan.sums),
         }
 
     async def logs(self, model: str, *, lines: int) -> wire.LogsView:

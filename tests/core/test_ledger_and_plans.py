@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from homegptd.core import ledger, plans
+from homegptd.core import ledger, plans, sums
 from homegptd.core.model import (
     FallingAsleep,
     Gpu,
@@ -54,9 +54,44 @@ def test_an_engine_that_spans_gpus_is_charged_on_each() -> None:
 
 def test_a_refusal_shows_the_sum_of_each_place_that_lacks_room() -> None:
     state = box(a=awake(pinned=True), b=asleep(), c=asleep())
-    assert ledger.explain(state, B) == (
-        "needs 60.0 GB on gpu0; 80.0 total - 60.0 pinned by the operator: a - 2.0 residue of c"
-        " = 18.0",
+    assert sums.lacking(state, B, may_displace=plans.is_not_pinned) == (
+        "needs 60.0 GB on gpu0; 80.0 total - 60.0 pinned a - 2.0 residue of c = 18.0;"
+        " 20.0 even with c stopped",
+    )
+
+
+def test_a_refusal_counts_who_may_be_displaced_as_asleep() -> None:
+    """The issue's own example: the awake one is not what is in the way."""
+    state = box(
+        gpus=(96,),
+        a=asleep(residue_mib=2150),
+        b=awake(residue_mib=1946),
+        c=awake(awake_mib=38 * GB, pinned=True),
+        d=down(),
+    )
+    assert sums.lacking(state, ModelId("d"), may_displace=plans.is_not_pinned) == (
+        "needs 60.0 GB on gpu0; 96.0 total - 2.1 residue of a - 1.9 of b - 38.0 pinned c = 54.0;"
+        " 58.0 even with a and b stopped",
+    )
+    assert sums.lacking(state, ModelId("d"), may_displace=lambda engine: False) == (
+        "needs 60.0 GB on gpu0; 96.0 total - 2.1 residue of a - 60.0 awake b - 38.0 pinned c"
+        " = -4.1",
+    )
+
+
+def test_host_ram_has_its_sum_too() -> None:
+    state = box(ram=27, a=asleep(pinned=True), b=down(awake_mib=20 * GB))
+    assert sums.lacking(state, B, may_displace=plans.is_not_pinned) == (
+        "needs 4.0 GB of host RAM; 27.0 total - 24.0 weights of a = 3.0",
+    )
+
+
+def test_a_plan_that_fits_shows_how_closely() -> None:
+    plan = plans.plan_switch(box(a=awake(), b=asleep(), c=asleep(residue_mib=GB)), B)
+    assert plan.sums == (
+        "needs 24.0 GB of host RAM; 256.0 total - 24.0 weights of a - 24.0 of c = 208.0,"
+        " 184.0 to spare",
+        "needs 60.0 GB on gpu0; 80.0 total - 2.0 residue of a - 1.0 of c = 77.0, 17.0 to spare",
     )
 
 
@@ -147,6 +182,5 @@ def test_a_plan_promises_no_time_for_answers_but_says_the_bounds(given, policy, 
 def test_a_plan_that_cannot_be_shows_what_lacks() -> None:
     plan = plans.plan_switch(box(a=awake(pinned=True), b=asleep()), B)
     assert plan.steps == ()
-    assert plan.lacks == (
-        "needs 60.0 GB on gpu0; 80.0 total - 60.0 pinned by the operator: a = 20.0",
-    )
+    assert not plan.fits
+    assert plan.sums == ("needs 60.0 GB on gpu0; 80.0 total - 60.0 pinned a = 20.0",)

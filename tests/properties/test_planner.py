@@ -6,7 +6,7 @@ from itertools import product
 import hypothesis.strategies as st
 from hypothesis import given, settings
 
-from homegptd.core import ledger, plans
+from homegptd.core import ledger, levels, plans
 from homegptd.core.durations import takes
 from homegptd.core.model import (
     Asleep,
@@ -149,7 +149,7 @@ def ways_out(state: State, name: ModelId, may_stop: bool, may_stop_sleepers: boo
         return []
     if isinstance(one.phase, Asleep | FallingAsleep):
         return [None] if may_stop_sleepers else []
-    resting = list(plans.levels(one, state.policy))
+    resting = list(levels.levels(one, state.policy))
     return [*resting, None] if may_stop or not resting else resting
 
 
