@@ -312,7 +312,8 @@ class _Pass:
         phase = engine.phase
         if not isinstance(phase, Awake) or goal.urgent or goal.reach is Reach.DOWN:
             return self.d.now
-        return leaves_at(self.d, engine, phase, wanted_by=goal.model, since=goal.since)
+        d = self.d
+        return leaves_at(d, engine, phase, wanted_by=goal.model, since=goal.since, now=d.now)
 
     def _undrain(self, engine: Engine, phase: Draining) -> None:
         idle_since = None if phase.leases else self.d.now

@@ -11,7 +11,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mappi
 from contextlib import contextmanager
 
 from homegptd import __version__
-from homegptd.core import plans
+from homegptd.core import forecast, plans
+from homegptd.core.durations import Span
 from homegptd.core.model import Act, ModelId, OperationId, SleepLevel
 from homegptd.core.refusals import Reason
 from homegptd.core.story import Line, summary
@@ -96,7 +97,9 @@ class Desk:
         }
 
     async def plan(self, model: str) -> wire.PlanView:
-        plan = plans.plan_switch(self._scheduler.state, self._known(model))
+        state, known = self._scheduler.state, self._known(model)
+        plan = plans.plan_switch(state, known)
+        eta = forecast.eta(state, known, self._scheduler.loop.time()) if plan.fits else None
         return {
             "model": plan.model,
             "fits": plan.fits,
@@ -110,6 +113,7 @@ class Desk:
                 for step in plan.steps
             ],
             "expected_s": _rounded(plan.expected_s) if plan.fits else None,
+            "eta": None if eta is None else _span(eta),
             "sum": list(plan.sums),
         }
 
@@ -276,6 +280,14 @@ class Desk:
 
     def _wall(self, instant: float) -> float:
         return instant + time.time() - self._scheduler.loop.time()
+
+
+def _span(span: Span) -> wire.SpanView:
+    return {
+        "low_s": round(span.low_s, 2),
+        "mid_s": round(span.mid_s, 2),
+        "high_s": round(span.high_s, 2),
+    }
 
 
 def _rounded(seconds: float | None) -> float | None:

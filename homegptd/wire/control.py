@@ -264,13 +264,22 @@ class PlanStepView(TypedDict):
     why: str
 
 
+class SpanView(TypedDict):
+    """A forecast: one in ten is shorter than `low_s`, one in ten longer than `high_s`."""
+
+    low_s: float
+    mid_s: float
+    high_s: float
+
+
 class PlanView(TypedDict):
     """What a switch to `model` would do now; `sum` is the memory sum, line by line."""
 
     model: str
     fits: bool
     steps: list[PlanStepView]
-    expected_s: float | None
+    expected_s: Annotated[float | None, "of all steps; null where answers have to end first"]
+    eta: Annotated[SpanView | None, "until it is awake, answers and orders in flight counted"]
     sum: list[str]
 
 

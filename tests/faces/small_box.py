@@ -164,6 +164,7 @@ class SmallBox:
     async def plan(self, model: str) -> wire.PlanView:
         return {
             "model": self._known(model), "fits": True, "expected_s": 4.5,
+            "eta": {"low_s": 4.0, "mid_s": 4.5, "high_s": 6.0},
             "steps": [{"do": "sleep", "model": "chat", "expected_s": 1.5, "why": "makes room"},
                       {"do": "wake", "model": "coder", "expected_s": 3.0, "why": "asked for"}],
             "sum": ["GPU 0: 57.0 of 80.0 GiB after the switch"],

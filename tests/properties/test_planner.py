@@ -98,7 +98,6 @@ def fleets(draw: st.DrawFn) -> State:
         state,
         gpus={Gpu(number): CARD for number in range(gpus)},
         host_mib=draw(st.sampled_from([30, 60, 100, 200])),
-        granted={},
         wanted=wanted,
     )
 

@@ -1,0 +1,177 @@
+"""How long until a model is awake, with a spread: for plans, Retry-After and progress.
+
+What goes on side by side counts once, what goes on one after the other adds up, and of orders in
+flight the part that is over is taken off. Answers that run are the widest part of it: they end
+when they end, at the latest when the policy ends them.
+"""
+
+from collections.abc import Iterator
+
+from . import durations, fairness
+from .draft import in_flight
+from .drains import fate
+from .durations import ZERO, Span, longest, total
+from .levels import Displacements
+from .model import (
+    Asleep,
+    Awake,
+    Down,
+    Draining,
+    Engine,
+    FallingAsleep,
+    ModelId,
+    Proving,
+    Starting,
+    State,
+    Stopping,
+    Waking,
+)
+from .plans import is_not_pinned, make_room, running
+
+PROOF = Span(2.0, 8.0, 30.0)
+"""Of a proof: two answers, a sleep and a wake."""
+
+
+def eta(state: State, model: ModelId, now: float) -> Span | None:
+    """Seconds until `model` is awake if it is wanted before all others. None: it cannot be."""
+    engine = state.engines[model]
+    match engine.phase:
+        case Awake() | Draining():
+            return ZERO
+        case Starting() | Waking() | Proving():
+            return _left(engine, now)
+        case Asleep() | FallingAsleep() | Down() | Stopping():
+            return _from_rest(state, engine, now)
+
+
+def wait_s(state: State, model: ModelId, now: float) -> Span | None:
+    """Seconds that a request for `model` would wait from now on. None: nobody can say.
+
+    Beside `eta` it counts the courtesies: models that others have waited for longer come first,
+    and whoever is displaced may stay until it is idle, or its residency and the patience are over.
+    """
+    mine = eta(state, model, now)
+    if mine is None or mine == ZERO:
+        return mine
+    visits = [visit for other in _ahead(state, model) for visit in _visit(state, other, now)]
+    since = min((t.since for t in state.waiting if t.model == model), default=now)
+    held = ZERO
+    if not isinstance(state.engines[model].phase, Starting | Waking | Proving):
+        held = _held(state, model, now, since)
+    return total([*visits, held, mine])
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _from_rest(state: State, engine: Engine, now: float) -> Span | None:
+    model = engine.spec.model
+    room = make_room(state, model, may_displace=is_not_pinned)
+    if room is None or not _ever_up(engine):
+        return None
+    clear = _clearing(state, model, room, now)
+    match engine.phase:
+        case Asleep(level=level):
+            return total([clear, durations.span(engine, f"wake-{level}")])
+        case FallingAsleep(level=level):
+            before = longest([clear, _left(engine, now)])
+            return total([before, durations.span(engine, f"wake-{level}")])
+        case Stopping() | Down():
+            at = engine.phase.retry_at
+            pause = max((at or now) - now, 0.0)
+            waits = [clear, _left(engine, now), Span(pause, pause, pause)]
+            return total([longest(waits), durations.span(engine, "start")])
+        case _:
+            return None
+
+
+def _left(engine: Engine, now: float) -> Span:
+    """Of the order that it carries out; nothing where it carries out none."""
+    phase = engine.phase
+    if not in_flight(phase):
+        return ZERO
+    act = durations.act_of(phase)
+    span = PROOF if act is None else durations.span(engine, act)
+    return span.after(now - phase.since)
+
+
+def _clearing(state: State, model: ModelId, room: Displacements, now: float) -> Span:
+    """Until all of `room` is made and the GPUs of `model` are quiet."""
+    mine = set(state.engines[model].spec.gpus)
+    gpus = mine.union(*(state.engines[name].spec.gpus for name in room))
+    others = [e for n, e in state.engines.items() if n != model and gpus.intersection(e.spec.gpus)]
+    first = longest(
+        [*(_left(e, now) for e in others), *(_drain(state, n, room, now) for n in room)]
+    )
+    in_turn = []
+    for gpu in gpus:
+        here = [name for name in room if gpu in state.engines[name].spec.gpus]
+        in_turn.append(total(_rest(state.engines[name], room, name) for name in here))
+    return total([first, longest(in_turn)])
+
+
+def _drain(state: State, name: ModelId, room: Displacements, now: float) -> Span:
+    """Until its answers have ended, or the policy ends them."""
+    engine = state.engines[name]
+    leases = running(engine)
+    if not leases:
+        return ZERO
+    _, most_s = fate(state, engine, leases, room[name])
+    began = engine.phase.since if isinstance(engine.phase, Draining) else now
+    span = durations.span(engine, "drain").after(now - began)
+    most_s = max(most_s - (now - began), 0.0)
+    return Span(0.0, min(span.mid_s, most_s), most_s)
+
+
+def _rest(engine: Engine, room: Displacements, name: ModelId) -> Span:
+    level = room[name]
+    act = "stop" if level is None else durations.to_sleep(engine, level)
+    return durations.span(engine, act)
+
+
+def _ever_up(engine: Engine) -> bool:
+    """Whether it comes up without an operator."""
+    phase = engine.phase
+    failed = isinstance(phase, Down | Stopping) and phase.failure is not None
+    return engine.enabled and not (failed and getattr(phase, "retry_at", None) is None)
+
+
+def _ahead(state: State, model: ModelId) -> list[ModelId]:
+    """Models whose turn on these GPUs comes before, since somebody has waited longer for them."""
+    gpus = set(state.engines[model].spec.gpus)
+    oldest: dict[ModelId, float] = {}
+    for ticket in state.waiting:
+        oldest.setdefault(ticket.model, ticket.since)
+    own = oldest.get(model, float("inf"))
+    return [
+        other
+        for other, since in oldest.items()
+        if other != model and since < own and gpus.intersection(state.engines[other].spec.gpus)
+    ]
+
+
+def _visit(state: State, other: ModelId, now: float) -> Iterator[Span]:
+    """Its switch, and its stay: a quiet gap if it is short, a residency if it is long."""
+    switch = eta(state, other, now)
+    if switch is not None:
+        quiet, most = fairness.quiet_s(state, other), fairness.residency_s(state, other)
+        engine = state.engines[other]
+        level = engine.spec.level or state.policy.level
+        yield switch
+        yield Span(quiet, min(2 * quiet, most), max(most, quiet))
+        yield durations.span(engine, durations.to_sleep(engine, level))
+
+
+def _held(state: State, model: ModelId, now: float, since: float) -> Span:
+    """How long those that have to go may stay: at least until they are idle, if they are busy."""
+    room = make_room(state, model, may_displace=is_not_pinned) or {}
+    stays = [ZERO]
+    for name in room:
+        engine = state.engines[name]
+        if isinstance(engine.phase, Awake):
+            at = fairness.leaves_at(
+                state, engine, engine.phase, wanted_by=model, since=since, now=now
+            )
+            most = max(at - now, 0.0)
+            stays.append(Span(0.0, most / 2, most) if running(engine) else Span(most, most, most))
+    return longest(stays)
