@@ -18,6 +18,7 @@ from homegptd.core.model import Engine, ModelId, State
 from homegptd.faces.relay import Limits
 from homegptd.faces.router import Settings as RouterSettings
 from homegptd.faces.upstream import Address
+from homegptd.runtime.keeper import recall
 
 from .doors import CannotServe
 from .setup import Setup
@@ -60,7 +61,7 @@ def first_state(setup: Setup, store: Store) -> State:
     engines: dict[ModelId, Engine] = {
         name: replace(engine, took=took.get(name, {})) for name, engine in state.engines.items()
     }
-    return replace(state, engines=engines)
+    return recall(store, replace(state, engines=engines))
 
 
 def address(at: Path | str) -> Address:

@@ -72,6 +72,8 @@ class Draft:
         self.operations = list(state.operations)
         self.chores = list(state.chores)
         self.wanted = state.wanted
+        self.wanted_at = state.wanted_at
+        self.freed = state.freed
         self.booted = state.booted
         self.stopping = state.stopping
         self.since = state.since
@@ -95,6 +97,8 @@ class Draft:
             operations=tuple(self.operations),
             chores=tuple(self.chores),
             wanted=self.wanted,
+            wanted_at=self.wanted_at,
+            freed=self.freed,
             booted=self.booted,
             stopping=self.stopping,
             since=self.since,
@@ -248,6 +252,7 @@ class Draft:
         """End it, if it has not ended. What it pushed aside only to load comes back."""
         for known in [o for o in self.operations if o.id == operation.id]:
             self.operations.remove(known)
+            self.wanted_at = self.now
             self.say(Finish(Ended(known, refusal, text)))
             self._give_back(known)
 

@@ -67,7 +67,8 @@ def wait_s(state: State, model: ModelId, now: float) -> Span | None:
 def _from_rest(state: State, engine: Engine, now: float) -> Span | None:
     model = engine.spec.model
     room = make_room(state, model, may_displace=is_not_pinned)
-    if room is None or not _ever_up(engine):
+    freed = not state.freed.keys().isdisjoint(engine.spec.gpus)
+    if room is None or freed or not _ever_up(engine):
         return None
     clear = _clearing(state, model, room, now)
     match engine.phase:

@@ -149,6 +149,11 @@ def is_not_pinned(engine: Engine) -> bool:
 
 def plan_switch(state: State, model: ModelId) -> Plan:
     """What making `model` awake would take, were it asked for now."""
+    freed = [gpu for gpu in state.engines[model].spec.gpus if gpu in state.freed]
+    if freed:
+        lent = f"gpu{freed[0]} is freed by {state.freed[freed[0]].by}"
+        again = f"homegptctl reclaim --gpu {freed[0]}"
+        return Plan(model, (), fits=False, sums=(f"{lent}; to use it again: {again}",))
     room = make_room(state, model, may_displace=is_not_pinned)
     if room is None:
         lacks = sums.lacking(state, model, may_displace=is_not_pinned)

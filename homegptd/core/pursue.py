@@ -11,20 +11,11 @@ from .admission import turn_away
 from .draft import Draft
 from .drains import Resting, drain_s, progress
 from .fairness import leaves_at, residency_s
-from .goals import (
-    Goal,
-    Reach,
-    arranged,
-    goals,
-    may_displace,
-    may_pin_now,
-    resting_level,
-    restores,
-    room,
-    unproved,
-    wakes,
-)
+from .freeing import enforce
+from .goal import Goal, Reach, may_displace, room
+from .goals import arranged, goals, resting_level, restores, unproved, wakes
 from .haste import hurry
+from .idleness import may_pin_now
 from .levels import Displacements
 from .model import (
     Asleep,
@@ -45,6 +36,7 @@ from .refusals import Reason, Refusal
 
 _MAX_PASSES = 200
 """Far above what a dozen engines can need in one step; beyond it, rules contradict each other."""
+_GOES = (Reach.DOWN, Reach.CLEARED)
 
 
 def pursue(d: Draft) -> None:
@@ -53,6 +45,7 @@ def pursue(d: Draft) -> None:
         return  # not observed yet
     for _ in range(_MAX_PASSES):
         _grant(d)
+        enforce(d)
         turn_away(d)
         d.changed = False  # grants come before the goals of the same pass
         if not d.booted and not d.chores and not d.stopping:
@@ -110,6 +103,8 @@ class _Pass:
                 self._to_asleep(goal, engine)
             case Reach.DOWN:
                 self._to_down(goal, engine)
+            case Reach.CLEARED:
+                self._to_cleared(goal, engine)
 
     def _to_awake(self, goal: Goal, engine: Engine) -> None:
         match engine.phase:
@@ -187,6 +182,21 @@ class _Pass:
                 self._break_off(engine)
             case Awake() | Draining():
                 self._displace(goal, engine, None)
+            case _:
+                self._claim(engine.spec.gpus)
+
+    def _to_cleared(self, goal: Goal, engine: Engine) -> None:
+        """What is frozen there wakes first, and its answers end; or it is stopped with `--now`."""
+        cut = goal.operation is not None and goal.operation.cut
+        match engine.phase:
+            case Starting(adopts=False):
+                self.d.stop(goal.model)
+            case Asleep(frozen=frozen) if frozen and cut:
+                self._break_off(engine)
+            case Awake() | Draining():
+                self._displace(goal, engine, resting_level(self.d, goal))
+            case Down() | Asleep():
+                pass
             case _:
                 self._claim(engine.spec.gpus)
 
@@ -310,7 +320,7 @@ class _Pass:
     def _may_drain_at(self, goal: Goal, engine: Engine) -> float:
         """The instant from which `goal` may displace it."""
         phase = engine.phase
-        if not isinstance(phase, Awake) or goal.urgent or goal.reach is Reach.DOWN:
+        if not isinstance(phase, Awake) or goal.urgent or goal.reach in _GOES:
             return self.d.now
         d = self.d
         return leaves_at(d, engine, phase, wanted_by=goal.model, since=goal.since, now=d.now)

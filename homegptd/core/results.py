@@ -53,7 +53,8 @@ def start_ended(d: Draft, event: StartEnded) -> None:
     timed = engine if adopted else _timed(d, engine)
     phase = _found_phase(d, event.traits)
     pinned = may_have_pinned(event.traits) if adopted else isinstance(phase, Asleep)
-    d.put(replace(timed, traits=event.traits, phase=phase, holds_pinned=pinned, no_room=None))
+    up = replace(timed, traits=event.traits, phase=phase, holds_pinned=pinned, no_room=None)
+    d.put(replace(up, up_since=d.now))
     _came_up(d, event.model)
     d.watch(event.model)
 
@@ -173,6 +174,7 @@ def _adopt(d: Draft, engine: Engine, found: Found) -> None:
             phase=phase,
             traits=found.traits,
             incarnation=engine.incarnation + 1,
+            up_since=d.now,
             holds_pinned=may_have_pinned(found.traits),
             enabled=True,
         )

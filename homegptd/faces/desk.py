@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from homegptd import __version__
 from homegptd.core import forecast, plans
 from homegptd.core.durations import Span
-from homegptd.core.model import Act, ModelId, OperationId, SleepLevel
+from homegptd.core.model import Act, Gpu, ModelId, OperationId, SleepLevel
 from homegptd.core.refusals import Reason
 from homegptd.core.story import Line, summary
 from homegptd.runtime.scheduler import Scheduler
@@ -145,6 +145,24 @@ class Desk:
     async def prove(self, caller: Caller, model: str) -> wire.OperationView:
         return self.begin(Act.PROVE, model, by=str(caller))
 
+    async def free(self, caller: Caller, gpu: int | None, *, now: bool) -> wire.OperationView:
+        gpus = self._gpus(gpu)
+        return self._begin(Act.FREE, ModelId(""), by=str(caller), cut=now, gpus=gpus)
+
+    async def reclaim(self, caller: Caller, gpu: int | None) -> wire.OperationView:
+        gpus = self._gpus(gpu)
+        return self._begin(Act.RECLAIM, ModelId(""), by=str(caller), gpus=gpus)
+
+    def _gpus(self, gpu: int | None) -> tuple[Gpu, ...]:
+        """None: all. Raises: Refused("bad-request")."""
+        known = self._scheduler.state.gpus
+        if gpu is None:
+            return ()
+        if gpu not in known:
+            there = ", ".join(map(str, known))
+            raise Refused("bad-request", f"there is no GPU {gpu}; there are {there}")
+        return (Gpu(gpu),)
+
     async def reload(self, caller: Caller) -> wire.OperationView:
         """Done when it returns: what the reload sets in motion is seen in `status`."""
         began = time.time()
@@ -174,11 +192,25 @@ class Desk:
         level: SleepLevel | None = None,
     ) -> wire.OperationView:
         """Begin an operation; its first view. Raises: Refused("unknown-model")."""
-        known = self._known(model)
+        return self._begin(act, self._known(model), by=by, cut=cut, force=force, level=level)
+
+    def _begin(
+        self,
+        act: Act,
+        model: ModelId,
+        *,
+        by: str,
+        cut: bool = False,
+        force: bool = False,
+        level: SleepLevel | None = None,
+        gpus: tuple[Gpu, ...] = (),
+    ) -> wire.OperationView:
         before = self._scheduler.state
         if len(before.operations) >= _MOST:
             raise Refused(Reason.QUEUE_FULL.value, f"{_MOST} operations are under way already")
-        operation = self._scheduler.operate(act, known, by=by, cut=cut, force=force, level=level)
+        operation = self._scheduler.operate(
+            act, model, by=by, cut=cut, force=force, level=level, gpus=gpus
+        )
         progress = Progress(operation, foresee(before, operation))
         self._operations[operation.id] = progress
         self._forget_the_oldest()

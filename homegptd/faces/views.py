@@ -5,7 +5,7 @@ Instants in a snapshot are loop time; `wall` turns them into Unix seconds.
 
 from collections.abc import Callable, Mapping
 
-from homegptd.core import drains, ledger
+from homegptd.core import drains, freeing, ledger
 from homegptd.core.draft import in_flight
 from homegptd.core.invariants import held
 from homegptd.core.model import (
@@ -136,6 +136,7 @@ def gpus_view(state: State) -> list[wire.GpuView]:
                 "used_mib": settled,
                 "reserved_mib": reserved,
                 "free_mib": total - settled - reserved,
+                "freed_by": state.freed[gpu].by if gpu in state.freed else None,
             }
         )
     return views
@@ -156,7 +157,9 @@ def daemon_phase(state: State) -> wire.DaemonPhase:
 def can_serve(state: State) -> bool:
     """Whether some model is up, or could be brought up by a request."""
     return any(
-        engine.enabled and not (isinstance(engine.phase, Down | Asleep) and _failure(engine))
+        engine.enabled
+        and not freeing.is_freed(state, engine)
+        and not (isinstance(engine.phase, Down | Asleep) and _failure(engine))
         for engine in state.engines.values()
     )
 
@@ -172,6 +175,9 @@ def why(state: State, engine: Engine) -> str:
 
 def _why(state: State, engine: Engine) -> str:
     running = len(held(engine))
+    freed = next((gpu for gpu in engine.spec.gpus if gpu in state.freed), None)
+    if freed is not None and not in_flight(engine.phase) and not running:
+        return f"gpu{freed} is freed by {state.freed[freed].by}"
     match engine.phase:
         case Down(failure=None) | Asleep() if engine.no_room is not None:
             return engine.no_room.message

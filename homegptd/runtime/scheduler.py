@@ -27,6 +27,7 @@ from homegptd.core.machine import step
 from homegptd.core.model import (
     Act,
     Ended,
+    Gpu,
     ModelId,
     Operation,
     OperationId,
@@ -312,6 +313,7 @@ class Scheduler:
         cut: bool = False,
         force: bool = False,
         level: SleepLevel | None = None,
+        gpus: tuple[Gpu, ...] = (),
     ) -> Operation:
         """Begin an operation. It may have ended already when this returns: see `ended`."""
         operation = Operation(
@@ -323,6 +325,7 @@ class Scheduler:
             cut=cut,
             force=force,
             level=level,
+            gpus=gpus,
         )
         self.post(OperationAsked(operation))
         return operation

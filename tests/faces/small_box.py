@@ -57,7 +57,7 @@ class SmallBox:
             "models": [self._model("chat", now), self._model("coder", now)],
             "queue": [{"model": "coder", "waiting": 2, "since": now - 5}],
             "gpus": [{"index": 0, "name": "Toy 80", "total_mib": 81920, "used_mib": 58368,
-                      "reserved_mib": 4096, "free_mib": 19456}],
+                      "reserved_mib": 4096, "free_mib": 19456, "freed_by": None}],
             "host": {"total_mib": 131072, "used_mib": 20000}, "operations": running,
         }  # fmt: skip
 
@@ -147,6 +147,12 @@ class SmallBox:
 
     async def prove(self, caller: Caller, model: str) -> wire.OperationView:
         raise RuntimeError("a bug")
+
+    async def free(self, caller: Caller, gpu: int | None, *, now: bool) -> wire.OperationView:
+        return self._begin("free", caller, None, "sleep")
+
+    async def reclaim(self, caller: Caller, gpu: int | None) -> wire.OperationView:
+        return self._begin("reclaim", caller, None, "wake")
 
     async def reload(self, caller: Caller) -> wire.OperationView:
         return self._begin("reload", caller, None, "read")
