@@ -110,8 +110,6 @@ def reclaim(d: Draft, gpus: tuple[Gpu, ...]) -> str:
 
 def enforce(d: Draft) -> None:
     """Nobody waits for what a freed GPU cannot give; what is empty has been freed."""
-    if not d.freed:
-        return
     freed = {name for name, engine in d.engines.items() if is_freed(d, engine)}
     for operation in [o for o in d.operations if o.act in _UP and o.model in freed]:
         why = refusal(d, d.engines[operation.model])

@@ -48,7 +48,8 @@ def goals(d: Draft) -> Iterator[Goal]:
     if d.stopping:
         yield from _thaws(d)
         return
-    yield from freeing.goals(d)
+    if d.freed:
+        yield from freeing.goals(d)
     for name, engine in d.engines.items():
         if engine.retiring or engine.renew:
             yield Goal(Reach.DOWN, name, d.now)

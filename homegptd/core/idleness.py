@@ -16,17 +16,17 @@ def by_itself(d: Draft) -> Iterator[Goal]:
                 yield from _idle(d, engine, since)
             case Draining(leases=leases, awake=awake, since=since) if not leases:
                 yield from _idle(d, engine, awake.idle_since or since)
-            case Asleep(frozen=frozen) if not frozen:
+            case Asleep(frozen=frozen) if not frozen and engine.spec.stop_after_s is not None:
                 yield from _stop(d, engine, max(engine.last_used, engine.up_since))
             case _:
                 pass
-    yield from _home(d)
+    if d.policy.return_to_default_s is not None:
+        yield from _home(d, d.policy.return_to_default_s)
 
 
 def _idle(d: Draft, engine: Engine, idle_since: float) -> Iterator[Goal]:
     """The stop, if it is due; else the proof before the sleep."""
-    due = list(_stop(d, engine, idle_since))
-    if due:
+    if engine.spec.stop_after_s is not None and (due := list(_stop(d, engine, idle_since))):
         yield from due
         return
     name, rest_s = engine.spec.model, engine.spec.sleep_after_s
@@ -53,11 +53,11 @@ def _stop(d: Draft, engine: Engine, quiet_since: float) -> Iterator[Goal]:
     d.call_at(at)
 
 
-def _home(d: Draft) -> Iterator[Goal]:
+def _home(d: Draft, rest_s: float) -> Iterator[Goal]:
     """The default model is awake again once nobody wanted anything for `return_to_default_s`."""
-    rest_s, name = d.policy.return_to_default_s, d.policy.default
+    name = d.policy.default
     engine = d.engines.get(name) if name is not None else None
-    if rest_s is None or engine is None or not d.booted or d.chores or d.granted:
+    if engine is None or not d.booted or d.chores or d.granted:
         return
     spec, phase = engine.spec, engine.phase
     rests = spec.sleep_after_s is not None or spec.stop_after_s is not None

@@ -45,7 +45,8 @@ def pursue(d: Draft) -> None:
         return  # not observed yet
     for _ in range(_MAX_PASSES):
         _grant(d)
-        enforce(d)
+        if d.freed:
+            enforce(d)
         turn_away(d)
         d.changed = False  # grants come before the goals of the same pass
         if not d.booted and not d.chores and not d.stopping:

@@ -43,7 +43,7 @@ def lines(view: PlanView) -> list[str]:
 
 def _heading(view: PlanView, model: str) -> str:
     if not view["fits"]:
-        return f"a switch to {model} does not fit"
+        return f"a switch to {model} is not possible now"
     if not view["steps"]:
         return f"{model} is awake, nothing to do"
     count = len(view["steps"])

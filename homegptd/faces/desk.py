@@ -147,7 +147,7 @@ class Desk:
 
     async def free(self, caller: Caller, gpu: int | None, *, now: bool) -> wire.OperationView:
         gpus = self._gpus(gpu)
-        return self._begin(Act.FREE, ModelId(""), by=str(caller), cut=now, gpus=gpus)
+        return self._begin(Act.FREE, ModelId(""), by=caller.name, cut=now, gpus=gpus)
 
     async def reclaim(self, caller: Caller, gpu: int | None) -> wire.OperationView:
         gpus = self._gpus(gpu)

@@ -236,11 +236,15 @@ def _until(state: State, engine: Engine) -> float | None:
             return at
         case Draining(leases=leases) as phase:
             return drains.deadline(state, engine, phase) if leases else None
-        case Asleep(frozen_until=until):
+        case Asleep(frozen_until=float() as until):
             return until
+        case Asleep() if engine.spec.stop_after_s is not None and not engine.spec.pinned:
+            return max(engine.last_used, engine.up_since) + engine.spec.stop_after_s
         case Awake(held_until=until, idle_since=idle):
-            if engine.spec.sleep_after_s is not None and idle is not None:
-                return idle + engine.spec.sleep_after_s
+            spec = engine.spec
+            rests = [s for s in (spec.sleep_after_s, spec.stop_after_s) if s is not None]
+            if rests and idle is not None and not spec.pinned:
+                return idle + min(rests)
             return until
         case _:
             return None
