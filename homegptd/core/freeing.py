@@ -100,7 +100,8 @@ def reclaim(d: Draft, gpus: tuple[Gpu, ...]) -> str:
     comes = [e.spec.model for e in here if e.spec.model in awake and e.enabled]
     told = {(chore.act, chore.model) for chore in d.chores}
     wakes = [Chore(Act.WAKE, name, d.now, gentle=True) for name in comes]
-    d.chores += [chore for chore in (*loads, *wakes) if (chore.act, chore.model) not in told]
+    if not d.stopping:
+        d.chores += [chore for chore in (*loads, *wakes) if (chore.act, chore.model) not in told]
     if not back:
         return "no GPU was freed"
     verb = "serves models again" if len(back) == 1 else "serve models again"
@@ -123,7 +124,7 @@ def enforce(d: Draft) -> None:
         d.chores = [chore for chore in d.chores if chore.model not in freed]
         d.changed = True
     for operation in [o for o in d.operations if o.act is Act.FREE]:
-        here = [e for e in d.engines.values() if on(e, operation.gpus)]
+        here = [e for e in d.engines.values() if is_freed(d, e) and on(e, operation.gpus)]
         if all(_rests(engine) for engine in here):
             d.finish(operation, _emptied(d, operation.gpus))
 

@@ -45,7 +45,7 @@ def pursue(d: Draft) -> None:
         return  # not observed yet
     for _ in range(_MAX_PASSES):
         _grant(d)
-        if d.freed:
+        if d.freed or d.operations:
             enforce(d)
         turn_away(d)
         d.changed = False  # grants come before the goals of the same pass

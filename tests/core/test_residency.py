@@ -6,7 +6,7 @@ import pytest
 
 from homegptd.core import plans
 from homegptd.core.commands import Cut, Finish, Grant, Refuse, Sleep, Start, Stop, Wake
-from homegptd.core.events import Observed, TicketClosed
+from homegptd.core.events import ConfigChanged, Observed, ShutdownAsked, TicketClosed
 from homegptd.core.likely import likely
 from homegptd.core.machine import initial
 from homegptd.core.model import (
@@ -354,6 +354,24 @@ def test_a_daemon_that_comes_back_to_a_freed_gpu_loads_nothing_there() -> None:
     run.done("b")
     assert run.state.booted
     assert [c.model for c in run.ask(Act.RECLAIM, "") if isinstance(c, Start)] == ["a"]
+
+
+def test_a_reclaim_during_a_shutdown_begins_nothing() -> None:
+    run = Run(box(a=awake()))
+    run.ask(Act.FREE, "")
+    run.done("a")
+    run(ShutdownAsked())
+    assert kinds(run.ask(Act.RECLAIM, "")) == []
+    assert run.state.chores == ()
+
+
+def test_a_card_that_leaves_the_configuration_is_freed_no_more() -> None:
+    run = Run(two_cards(a=awake(1), b=awake(1, first=2, gpus=(Gpu(1),))))
+    run.ask(Act.FREE, "", gpus=(Gpu(1),))
+    specs = tuple(e.spec for e in run.state.engines.values())
+    commands = run(ConfigChanged(specs[:1], Policy(), {Gpu(0): 80 * GB}, 256 * GB))
+    assert [c.ended.operation.act for c in commands if isinstance(c, Finish)] == [Act.FREE]
+    assert run.state.freed == {}
 
 
 def freed_by_root(state):
