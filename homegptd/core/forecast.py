@@ -5,7 +5,7 @@ flight the part that is over is taken off. Answers that run are the widest part 
 when they end, at the latest when the policy ends them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from . import durations, fairness
 from .draft import in_flight
@@ -21,6 +21,7 @@ from .model import (
     FallingAsleep,
     ModelId,
     Proving,
+    SleepLevel,
     Starting,
     State,
     Stopping,
@@ -50,15 +51,14 @@ def wait_s(state: State, model: ModelId, now: float) -> Span | None:
     Beside `eta` it counts the courtesies: models that others have waited for longer come first,
     and whoever is displaced may stay until it is idle, or its residency and the patience are over.
     """
-    mine = eta(state, model, now)
-    if mine is None or mine == ZERO:
-        return mine
+    engine = state.engines[model]
+    if isinstance(engine.phase, Awake):
+        return ZERO
+    mine = _after_it_left(engine) if isinstance(engine.phase, Draining) else eta(state, model, now)
+    if mine is None:
+        return None
     visits = [visit for other in _ahead(state, model) for visit in _visit(state, other, now)]
-    since = min((t.since for t in state.waiting if t.model == model), default=now)
-    held = ZERO
-    if not isinstance(state.engines[model].phase, Starting | Waking | Proving):
-        held = _held(state, model, now, since)
-    return total([*visits, held, mine])
+    return _together([*visits, _held(state, model, now), mine])
 
 
 # ---------------------------------------------------------------- parts
@@ -137,42 +137,72 @@ def _ever_up(engine: Engine) -> bool:
     return engine.enabled and not (failed and getattr(phase, "retry_at", None) is None)
 
 
+def _together(spans: Iterable[Span]) -> Span:
+    """One after another, where all are long if one is: on a crowded box."""
+    low = mid = high = 0.0
+    for span in spans:
+        low, mid, high = low + span.low_s, mid + span.mid_s, high + span.high_s
+    return Span(low, mid, high)
+
+
+def _after_it_left(engine: Engine) -> Span:
+    """Whoever it makes room for goes first: only then is it brought up again."""
+    level = engine.phase.level if isinstance(engine.phase, Draining) else None
+    return durations.span(engine, "start" if level is None else f"wake-{level}")
+
+
 def _ahead(state: State, model: ModelId) -> list[ModelId]:
-    """Models whose turn on these GPUs comes before, since somebody has waited longer for them."""
-    gpus = set(state.engines[model].spec.gpus)
+    """Models whose turn on these GPUs comes before: they come up, or were asked for earlier."""
+    engine = state.engines[model]
+    gpus = set(engine.spec.gpus)
     oldest: dict[ModelId, float] = {}
     for ticket in state.waiting:
         oldest.setdefault(ticket.model, ticket.since)
     own = oldest.get(model, float("inf"))
+    first = {getattr(engine.phase, "wanted_by", None)}
+    first |= {n for n, e in state.engines.items() if isinstance(e.phase, Starting | Waking)}
+    first |= {other for other, since in oldest.items() if since < own}
     return [
-        other
-        for other, since in oldest.items()
-        if other != model and since < own and gpus.intersection(state.engines[other].spec.gpus)
+        name
+        for name, other in state.engines.items()
+        if name in first and name != model and gpus.intersection(other.spec.gpus)
     ]
 
 
 def _visit(state: State, other: ModelId, now: float) -> Iterator[Span]:
-    """Its switch, and its stay: a quiet gap if it is short, a residency if it is long."""
+    """Its switch, its stay, and its leave."""
     switch = eta(state, other, now)
     if switch is not None:
-        quiet, most = fairness.quiet_s(state, other), fairness.residency_s(state, other)
         engine = state.engines[other]
-        level = engine.spec.level or state.policy.level
+        waiting = sum(ticket.model == other for ticket in state.waiting)
+        most = max(fairness.residency_s(state, other), fairness.quiet_s(state, other))
         yield switch
-        yield Span(quiet, min(2 * quiet, most), max(most, quiet))
-        yield durations.span(engine, durations.to_sleep(engine, level))
+        yield _stay(state, engine, most, crowd=waiting)
+        yield durations.span(
+            engine, durations.to_sleep(engine, engine.spec.level or SleepLevel.ONE)
+        )
 
 
-def _held(state: State, model: ModelId, now: float, since: float) -> Span:
-    """How long those that have to go may stay: at least until they are idle, if they are busy."""
-    room = make_room(state, model, may_displace=is_not_pinned) or {}
+def _stay(state: State, engine: Engine, most_s: float, *, crowd: int) -> Span:
+    """How long it is used before it makes room: an answer and a quiet gap, or all it may."""
+    quiet = fairness.quiet_s(state, engine.spec.model)
+    one = durations.span(engine, "drain").mid_s + quiet
+    return Span(min(quiet, most_s), most_s if crowd > 1 else min(one, most_s), most_s)
+
+
+def _held(state: State, model: ModelId, now: float) -> Span:
+    """How long those that are awake in its place may stay: till they are idle, if they are busy."""
+    if isinstance(state.engines[model].phase, Starting | Waking | Proving | Draining):
+        return ZERO
+    since = min((t.since for t in state.waiting if t.model == model), default=now)
     stays = [ZERO]
-    for name in room:
+    for name in make_room(state, model, may_displace=is_not_pinned) or {}:
         engine = state.engines[name]
         if isinstance(engine.phase, Awake):
             at = fairness.leaves_at(
                 state, engine, engine.phase, wanted_by=model, since=since, now=now
             )
-            most = max(at - now, 0.0)
-            stays.append(Span(0.0, most / 2, most) if running(engine) else Span(most, most, most))
+            most, leases = max(at - now, 0.0), len(running(engine))
+            busy = _stay(state, engine, most, crowd=leases)
+            stays.append(busy if leases else Span(most, most, most))
     return longest(stays)

@@ -139,6 +139,16 @@ def test_a_request_also_waits_for_those_before_it_and_for_a_residency() -> None:
     assert forecast.wait_s(box(b=awake()), B, 100.0) == ZERO
 
 
+def test_who_asks_for_a_model_that_makes_room_waits_for_the_other_first() -> None:
+    policy = Policy(patience_s=30.0, residency_s=30.0)
+    busy = Awake(0.0, frozenset({TicketId(1)}))
+    leaving = Draining(busy, busy.leases, 99.0, 109.0, wanted_by=B, level=ONE)
+    state = box(policy, a=engine(leaving, took=TOOK), b=asleep(took=TOOK))
+    wait = forecast.wait_s(replace(state, waiting=(ticket(9, "b", 98.0),)), A, 100.0)
+    assert wait is not None
+    assert wait.mid_s > 5.0 + 2.0 + 4.0 + 2.0 + 4.0  # drain, both switches
+
+
 def test_the_forecast_of_a_quiet_switch_is_what_it_takes() -> None:
     run = Run(box(a=awake(took=TOOK), b=asleep(took=TOOK)))
     expected, began = mid(run.state, now=run.now), run.now
