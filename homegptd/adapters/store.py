@@ -48,6 +48,7 @@ MIGRATIONS: tuple[str, ...] = (
                             seconds REAL NOT NULL, at REAL NOT NULL);
     CREATE INDEX durations_of ON durations (model, act, id);
     """,
+    "CREATE TABLE notes (name TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID;",
 )
 """Script n brings a file from schema version n to n + 1 (`user_version`), in one transaction."""
 
@@ -67,6 +68,7 @@ class _Memory:
     proofs: dict[tuple[ModelId, str, Proof], tuple[bool, str, float]] = field(default_factory=dict)
     """Whether it holds, what was compared, when (Unix seconds)."""
     durations: dict[tuple[ModelId, str], Lasted] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     def lasted(self, model: ModelId, act: str) -> Lasted:
         return self.durations.setdefault((model, act), deque(maxlen=DURATIONS_KEPT))
@@ -75,6 +77,7 @@ class _Memory:
         """Fill in what a file knew that could not be read until now."""
         self.canaries = older.canaries | self.canaries
         self.proofs = older.proofs | self.proofs
+        self.notes = older.notes | self.notes
         for of, values in older.durations.items():
             newer = self.durations.get(of, ())
             self.durations[of] = deque((*values, *newer), maxlen=DURATIONS_KEPT)
@@ -119,6 +122,14 @@ class Store:
         value = (holds, detail, time.time())
         self._memory.proofs[model, key, proof] = value
         self._save([_proof_row(model, key, proof, value)])
+
+    def note(self, name: str) -> str | None:
+        """What was noted under this name; None if nothing was."""
+        return self._memory.notes.get(name)
+
+    def remember_note(self, name: str, text: str) -> None:
+        self._memory.notes[name] = text
+        self._save([_note_row(name, text)])
 
     def durations(self) -> Mapping[tuple[ModelId, str], Sequence[float]]:
         """Oldest first, at most `DURATIONS_KEPT` each."""
@@ -271,6 +282,7 @@ def _read(db: sqlite3.Connection) -> _Memory:
     for model, key, name, holds, detail, at in db.execute("SELECT * FROM proofs"):
         if name in known:
             memory.proofs[ModelId(model), key, known[name]] = (bool(holds), detail, at)
+    memory.notes.update(db.execute("SELECT name, text FROM notes"))
     query = "SELECT model, act, seconds, at FROM durations ORDER BY id"
     for model, act, seconds, at in db.execute(query):
         memory.lasted(ModelId(model), act).append((seconds, at))
@@ -280,6 +292,7 @@ def _read(db: sqlite3.Connection) -> _Memory:
 def _all_rows(memory: _Memory) -> list[_Row]:
     rows: list[_Row] = [_canary_row(*of, said) for of, said in memory.canaries.items()]
     rows += [_proof_row(*of, value) for of, value in memory.proofs.items()]
+    rows += [_note_row(name, text) for name, text in memory.notes.items()]
     rows.append(("DELETE FROM durations", ()))
     for (model, act), lasted in memory.durations.items():
         rows += [_duration_row(model, act, value) for value in lasted]
@@ -293,6 +306,10 @@ def _canary_row(model: ModelId, key: str, said: Canary) -> _Row:
 def _proof_row(model: ModelId, key: str, proof: Proof, value: tuple[bool, str, float]) -> _Row:
     put = "INSERT OR REPLACE INTO proofs VALUES (?, ?, ?, ?, ?, ?)"
     return put, (model, key, proof.value, *value)
+
+
+def _note_row(name: str, text: str) -> _Row:
+    return "INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, text)
 
 
 def _duration_row(model: ModelId, act: str, value: tuple[float, float]) -> _Row:

@@ -41,6 +41,7 @@ from homegptd.faces.stored import Stored
 from homegptd.faces.upstream import Address
 from homegptd.runtime.bootstrap import observe
 from homegptd.runtime.heartbeat import Heartbeat
+from homegptd.runtime.keeper import Keeper
 from homegptd.runtime.orders import Orders, first
 from homegptd.runtime.scheduler import Scheduler
 from homegptd.wire.control import LogsView
@@ -108,6 +109,7 @@ class Daemon:
         self.scheduler = Scheduler(
             first_state(self.setup, self.store), self.orders, max_wait_s=config.router.max_wait_s
         )
+        self.keeper = Keeper(self.store, self.scheduler.state)
         self.orders.connect(self.scheduler.post, lambda: self.scheduler.state)
         self._engine_keys = engine_keys(config)
         given = keyring(config)
@@ -222,6 +224,7 @@ class Daemon:
         return self.stop_asked.is_set()
 
     def _tell(self, lines: tuple[Line, ...]) -> None:
+        self.keeper.tell(self.scheduler.state, lines)
         if self._on_ready is not None and self.scheduler.state.booted and not self._stops:
             call, self._on_ready = self._on_ready, None
             call()

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from urllib.parse import urlsplit
 
 from homegptd.adapters.store import Store
 from homegptd.adapters.vllm import VllmEngine
 from homegptd.adapters.vllm_canary import Kind
 from homegptd.config.schema import Config
+from homegptd.core.durations import KEPT
 from homegptd.core.machine import initial
 from homegptd.core.model import Engine, ModelId, State
 from homegptd.faces.ask import Limits
@@ -20,6 +20,7 @@ from homegptd.faces.bodies import Bodies
 from homegptd.faces.early import Pace
 from homegptd.faces.router import Settings as RouterSettings
 from homegptd.faces.upstream import Address
+from homegptd.runtime.keeper import recall
 
 from .access import engine_key
 from .doors import CannotServe
@@ -58,14 +59,13 @@ def clients(
 def first_state(setup: Setup, store: Store) -> State:
     """Everything down, with what this box has learnt about how long things take."""
     state = initial(setup.specs, setup.policy, dict(setup.gpus), setup.host_mib)
-    timings: dict[ModelId, dict[str, float]] = {}
+    took: dict[ModelId, dict[str, tuple[float, ...]]] = {}
     for (model, act), seconds in store.durations().items():
-        timings.setdefault(model, {})[act] = median(seconds)
+        took.setdefault(model, {})[act] = tuple(seconds)[-KEPT:]
     engines: dict[ModelId, Engine] = {
-        name: replace(engine, timings=timings.get(name, {}))
-        for name, engine in state.engines.items()
+        name: replace(engine, took=took.get(name, {})) for name, engine in state.engines.items()
     }
-    return replace(state, engines=engines)
+    return recall(store, replace(state, engines=engines))
 
 
 def address(at: Path | str) -> Address:

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from homegptd.adapters.processes import Launch
-from homegptd.config.schema import Config, ModelConfig, RouterConfig, command_line
+from homegptd.config.schema import (
+    HOST_PER_ENGINE_GB,
+    Config,
+    ModelConfig,
+    RouterConfig,
+    command_line,
+)
 from homegptd.core.model import (
     EngineSpec,
     Gpu,
@@ -20,8 +26,7 @@ from homegptd.core.model import (
 from homegptd.faces.adjust import Adjustment
 from homegptd.faces.ask import Limits
 
-HOST_MIB_PER_ENGINE = 4096
-"""RAM of one engine's processes without pinned weights: 3 to 6 GiB were seen (vLLM 0.32)."""
+HOST_MIB_PER_ENGINE = round(HOST_PER_ENGINE_GB * 1024)
 HOST_RESERVE_MIB = 4096
 """RAM left to the box itself where the configuration does not say what engines may have."""
 LEVEL_ONE_FROM_GB = 64
@@ -118,6 +123,7 @@ def _spec(model: ModelConfig, config: Config) -> EngineSpec:
         on_deadline=None if model.on_deadline is None else OnDeadline(model.on_deadline),
         drain_s=model.drain_s,
         sleep_after_s=idle.sleep_after_s if idle else None,
+        stop_after_s=idle.stop_after_s if idle else None,
         fingerprint=_fingerprint(model),
     )
 
@@ -154,6 +160,7 @@ def _policy(config: Config) -> Policy:
         on_deadline=OnDeadline(router.on_deadline),
         max_answer_s=router.max_answer_s,
         freeze_max_s=router.freeze_max_s,
+        return_to_default_s=router.return_to_default_s,
         max_waiting=router.max_waiting,
         max_wait_s=router.max_wait_s,
     )

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from .models import Read
-from .schema import Config, GpuConfig
+from .schema import HOST_PER_ENGINE_GB, Config, GpuConfig
 from .table import Table
 
 
@@ -16,6 +16,9 @@ def check(root: Table, config: Config, read: Sequence[Read]) -> None:
     _gpus_exist_and_suffice(config.gpus, read)
     _models_fit(config.gpus, read)
     _actives_fit_together(config.gpus, read)
+    _models_fit_beside_what_never_leaves(config.gpus, read)
+    _ram_is_enough(root, config, read)
+    _default_may_return(root, config, read)
 
 
 def _names_are_unique(read: Sequence[Read]) -> None:
@@ -141,6 +144,74 @@ def _actives_fit_together(cards: Sequence[GpuConfig], read: Sequence[Read]) -> N
         return
 
 
+def _models_fit_beside_what_never_leaves(cards: Sequence[GpuConfig], read: Sequence[Read]) -> None:
+    """What is pinned and active is awake from the bootstrap on, and makes room for nobody."""
+    for entry in read:
+        model = entry.model
+        for card in _of(cards, model.gpus):
+            stay = [e.model for e in _staying(read, entry) if card.index in e.model.gpus]
+            left = (card.memory_mib or 0) - sum(m.gpu_memory_mib_each for m in stay)
+            each = model.gpu_memory_mib_each
+            if card.memory_mib is None or not stay or each > card.memory_mib or each <= left:
+                continue
+            terms = "".join(f" - {_gib(m.gpu_memory_mib_each)} pinned {m.id}" for m in stay)
+            total = _gib(card.memory_mib)
+            entry.table.problem(
+                "gpu_memory_gb",
+                f"can never be awake: needs {_gib(each)} GB on gpu{card.index};"
+                f" {total} total{terms} = {_gib(left)}",
+            )
+            break
+
+
+def _staying(read: Sequence[Read], beside: Read) -> list[Read]:
+    """Models that are awake for good; of several actives each other sum has been shown already."""
+    active = beside.model.startup_mode == "active"
+    return [
+        entry
+        for entry in read
+        if entry is not beside
+        and entry.model.pinned
+        and entry.model.startup_mode == "active"
+        and not active
+    ]
+
+
+def _ram_is_enough(root: Table, config: Config, read: Sequence[Read]) -> None:
+    """Each engine has processes of its own, and those of what is awake for good stay."""
+    ram = config.available_ram_gb
+    if ram is None:
+        return
+    stay = [e.model for e in read if e.model.pinned and e.model.startup_mode == "active"]
+    others = [e for e in read if e.model not in stay]
+    engines = len(stay) + (1 if others else 0)
+    if engines and ram < engines * HOST_PER_ENGINE_GB:
+        terms = "".join(f" - {HOST_PER_ENGINE_GB:.1f} process of {m.id}" for m in stay)
+        left = ram - len(stay) * HOST_PER_ENGINE_GB
+        name = others[0].model.id if others else stay[-1].id
+        root.section("switching").problem(
+            "available_ram_gb",
+            f"{name} can never run: needs {HOST_PER_ENGINE_GB:.1f} GB of host RAM;"
+            f" {ram:.1f} total{terms} = {left:.1f}",
+        )
+
+
+def _default_may_return(root: Table, config: Config, read: Sequence[Read]) -> None:
+    back_s, model = config.router.return_to_default_s, config.default_model
+    if back_s is None:
+        return
+    if model is None:
+        text = "there is no default model to return to; give default, or start one active"
+        root.section("router").problem("return_to_default_s", text)
+        return
+    entry = next((e for e in read if e.model is model), None)
+    if entry is not None and model.idle is not None:
+        rests = (model.idle.sleep_after_s, model.idle.stop_after_s)
+        if any(rest is not None for rest in rests):
+            text = "router.return_to_default_s wakes this model when nobody wants anything;"
+            entry.table.problem("idle", f"{text} it cannot rest for idleness too")
+
+
 def _of(cards: Sequence[GpuConfig], indices: Iterable[int]) -> list[GpuConfig]:
     wanted = set(indices)
     return [card for card in cards if card.index in wanted]
@@ -148,6 +219,10 @@ def _of(cards: Sequence[GpuConfig], indices: Iterable[int]) -> list[GpuConfig]:
 
 def _gb(mib: int) -> str:
     return f"{mib / 1024:.1f} GB"
+
+
+def _gib(mib: int) -> str:
+    return f"{mib / 1024:.1f}"
 
 
 def _words(numbers: Iterable[int]) -> str:

@@ -27,6 +27,8 @@ class Sleep:
     order: OrderId
     level: SleepLevel
     mode: SleepMode
+    first: bool = False
+    """Pins its host RAM, and so takes longer than later ones."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from . import durations
 from .commands import (
     Command,
     Cut,
@@ -55,6 +56,9 @@ class Outcome:
     wake_at: float | None
 
 
+_WANTS = (Act.SWITCH, Act.WAKE)
+
+
 class Draft:
     """Mutable books of one step; `outcome` closes them."""
 
@@ -67,6 +71,9 @@ class Draft:
         self.granted = dict(state.granted)
         self.operations = list(state.operations)
         self.chores = list(state.chores)
+        self.wanted = state.wanted
+        self.wanted_at = state.wanted_at
+        self.freed = state.freed
         self.booted = state.booted
         self.stopping = state.stopping
         self.since = state.since
@@ -89,6 +96,9 @@ class Draft:
             granted=self.granted,
             operations=tuple(self.operations),
             chores=tuple(self.chores),
+            wanted=self.wanted,
+            wanted_at=self.wanted_at,
+            freed=self.freed,
             booted=self.booted,
             stopping=self.stopping,
             since=self.since,
@@ -108,6 +118,11 @@ class Draft:
             in_flight(engine.phase) and not set(engine.spec.gpus).isdisjoint(gpus)
             for engine in self.engines.values()
         )
+
+    def is_wanted(self, model: ModelId) -> bool:
+        """By a client or an operator, and not by the box itself."""
+        asked = any(o.model == model and o.act in _WANTS for o in self.operations)
+        return asked or self.waits_for(model)
 
     # ------------------------------------------------------------ writing
 
@@ -161,11 +176,11 @@ class Draft:
         frozen: frozenset[TicketId] = frozenset(),
         wanted_by: ModelId | None = None,
     ) -> None:
-        engine, order = self.engines[model], self._next_order()
-        pinned = engine.holds_pinned or level is SleepLevel.ONE
-        phase = FallingAsleep(order, self.now, level, frozen, wanted_by)
-        self.put(replace(engine, phase=phase, holds_pinned=pinned))
-        self.say(Sleep(model, order, level, mode))
+        engine, order = self._drained(model), self._next_order()
+        first = level is SleepLevel.ONE and not engine.holds_pinned
+        phase = FallingAsleep(order, self.now, level, frozen, wanted_by, first)
+        self.put(replace(engine, phase=phase, holds_pinned=engine.holds_pinned or first))
+        self.say(Sleep(model, order, level, mode, first))
 
     def stop(
         self,
@@ -176,12 +191,22 @@ class Draft:
         wanted_by: ModelId | None = None,
     ) -> None:
         before, order = self.engines[model].phase, self._next_order()
+        self.put(self._drained(model))
         slept = before.level if isinstance(before, Asleep) else None
         self.phase(
             model,
             Stopping(order, self.now, failure, retry_at=retry_at, wanted_by=wanted_by, slept=slept),
         )
         self.say(Stop(model, order))
+
+    def _drained(self, model: ModelId) -> Engine:
+        """With the time its answers took to end, if it had any when that began."""
+        engine = self.engines[model]
+        match engine.phase:
+            case Draining(since=since, awake=Awake(leases=leases)) if leases:
+                return durations.timed(engine, "drain", self.now - since)
+            case _:
+                return engine
 
     def stop_again(self, model: ModelId, phase: Stopping) -> None:
         order = self._next_order()
@@ -227,6 +252,7 @@ class Draft:
         """End it, if it has not ended. What it pushed aside only to load comes back."""
         for known in [o for o in self.operations if o.id == operation.id]:
             self.operations.remove(known)
+            self.wanted_at = self.now
             self.say(Finish(Ended(known, refusal, text)))
             self._give_back(known)
 

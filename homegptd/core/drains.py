@@ -88,6 +88,8 @@ def obstacle(
         return "this vLLM cannot freeze"
     if level is not SleepLevel.ONE:
         return "a stop freezes nothing" if level is None else "level 2 keeps no answer"
+    if not box.freed.keys().isdisjoint(engine.spec.gpus):
+        return "its GPU is being freed"
     if not all(box.granted[ticket].freezable for ticket in leases):
         return "not all are streams"
     if wish is OnDeadline.AUTO and not traits.proofs.get(Proof.FREEZE, False):

@@ -1,12 +1,17 @@
-"""When a model will probably be awake, for those who wait: `Retry-After`, a line of status.
+"""How long until a model is awake, with a spread: for plans, Retry-After and progress.
 
-A guess, from the phases, what orders took on this box before, and who is in front.
+What goes on side by side counts once, what goes on one after the other adds up, and of orders in
+flight the part that is over is taken off. Answers that run are the widest part of it: they end
+when they end, at the latest when the policy ends them.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 
-from . import drains, plans
+from . import durations, fairness
+from .draft import in_flight
+from .drains import fate
+from .durations import ZERO, Span, longest, total
+from .levels import Displacements
 from .model import (
     Asleep,
     Awake,
@@ -22,143 +27,182 @@ from .model import (
     Stopping,
     Waking,
 )
-from .plans import takes
-from .words import count
+from .plans import is_not_pinned, make_room, running
 
-ANSWER_S = 10.0
-"""How long a running answer goes on, in seconds, as nobody can know: about 500 tokens."""
-_LEAST_S = 1.0
-_HOPELESS_S = 60.0
-"""When to look again where nothing that is known leads to the model being awake, in seconds."""
-_ORDERED: dict[type, str] = {
-    Waking: "Waking {}",
-    Starting: "Starting {}",
-    FallingAsleep: "Putting {} to sleep",
-    Stopping: "Stopping {}",
-    Proving: "Trying out {}",
-}
+PROOF = Span(2.0, 8.0, 30.0)
+"""Of a proof: two answers, a sleep and a wake."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outlook:
-    """`doing` is what goes on now, for a person; `at` the instant of being awake."""
-
-    doing: str
-    at: float
-
-
-def retry_s(state: State, model: ModelId, now: float) -> float:
-    """When it is worth asking for `model` again, in seconds from now."""
-    return max(outlook(state, model, now).at - now, _LEAST_S)
-
-
-def room_s(state: State, now: float) -> float:
-    """When some of those who wait will have gone on, in seconds from now."""
-    waited_for = {ticket.model for ticket in state.waiting}
-    return min((retry_s(state, model, now) for model in waited_for), default=ANSWER_S)
-
-
-def outlook(state: State, model: ModelId, now: float) -> Outlook:
-    """What lies between now and `model` being awake, if it is asked for."""
-    engine = state.engines.get(model)
-    if engine is None:
-        return Outlook(f"There is no {model}", now + _HOPELESS_S)
+def eta(state: State, model: ModelId, now: float) -> Span | None:
+    """Seconds until `model` is awake if it is wanted before all others. None: it cannot be."""
+    engine = state.engines[model]
     match engine.phase:
-        case Awake():
-            return Outlook(f"{model} is awake", now)
-        case Waking() | Starting() | Proving():
-            return Outlook(_doing(engine), _ends_at(engine, now))
-        case _:
-            return _through_others(state, engine, now)
+        case Awake() | Draining():
+            return ZERO
+        case Starting() | Waking() | Proving():
+            return _left(engine, now)
+        case Asleep() | FallingAsleep() | Down() | Stopping():
+            return _from_rest(state, engine, now)
 
 
-def _through_others(state: State, engine: Engine, now: float) -> Outlook:
-    """Orders under way end first, then come those in front, then room is made."""
-    room = plans.make_room(
-        state, engine.spec.model, may_displace=lambda other: not other.spec.pinned
-    )
-    if room is None:
-        return Outlook(f"No room for {engine.spec.model}", now + _HOPELESS_S)
-    act = _way_up(engine)
-    waits: list[tuple[str, float]] = []
-    ordered = [
-        each for each in (engine, *_neighbours(state, engine)) if type(each.phase) in _ORDERED
-    ]
-    if ordered:
-        last = max(ordered, key=lambda each: _ends_at(each, now))
-        waits.append((_doing(last), _ends_at(last, now) - now))
-    waits += [
-        (f"Waiting for the turn of {front.spec.model}", plans.switch_cost_s(front) + ANSWER_S)
-        for front in _in_front(state, engine)
-    ]
-    waits += [_making_room(state, state.engines[name], how, now) for name, how in room.items()]
-    pause = (
-        max((engine.phase.retry_at or now) - now, 0.0) if isinstance(engine.phase, Down) else 0.0
-    )
-    left_s = max(sum(seconds for _, seconds in waits), pause) + takes(engine, act)
-    own = f"{'Starting' if act == 'start' else 'Waking'} {engine.spec.model}"
-    return Outlook(waits[0][0] if waits else own, now + left_s)
+def wait_s(state: State, model: ModelId, now: float) -> Span | None:
+    """Seconds that a request for `model` would wait from now on. None: nobody can say.
+
+    Beside `eta` it counts the courtesies: models that others have waited for longer come first,
+    and whoever is displaced may stay until it is idle, or its residency and the patience are over.
+    """
+    engine = state.engines[model]
+    if isinstance(engine.phase, Awake):
+        return ZERO
+    mine = _after_it_left(engine) if isinstance(engine.phase, Draining) else eta(state, model, now)
+    if mine is None:
+        return None
+    visits = [visit for other in ahead(state, model) for visit in _visit(state, other, now)]
+    return _together([*visits, _held(state, model, now), mine])
 
 
-def _way_up(engine: Engine) -> str:
+# ---------------------------------------------------------------- parts
+
+
+def _from_rest(state: State, engine: Engine, now: float) -> Span | None:
+    model = engine.spec.model
+    room = make_room(state, model, may_displace=is_not_pinned)
+    freed = not state.freed.keys().isdisjoint(engine.spec.gpus)
+    if room is None or freed or not _ever_up(engine):
+        return None
+    clear = _clearing(state, model, room, now)
     match engine.phase:
-        case (
-            Asleep(level=level) | FallingAsleep(level=level) | Draining(level=SleepLevel() as level)
-        ):
-            return f"wake-{level}"
-        case _:
-            return "start"
-
-
-def _in_front(state: State, engine: Engine) -> Iterator[Engine]:
-    """Models on the same GPUs that are not up, and for which somebody has waited longer."""
-    own = (ticket.since for ticket in state.waiting if ticket.model == engine.spec.model)
-    since = min(own, default=float("inf"))
-    earlier = {ticket.model for ticket in state.waiting if ticket.since < since}
-    for other in _neighbours(state, engine):
-        if other.spec.model in earlier and isinstance(other.phase, Asleep | Down):
-            yield other
-
-
-def _neighbours(state: State, engine: Engine) -> Iterator[Engine]:
-    gpus = set(engine.spec.gpus)
-    for name, other in state.engines.items():
-        if name != engine.spec.model and not gpus.isdisjoint(other.spec.gpus):
-            yield other
-
-
-def _making_room(
-    state: State, other: Engine, how: SleepLevel | None, now: float
-) -> tuple[str, float]:
-    """What `other` does to make room, and how long it takes, in seconds."""
-    name, leases = other.spec.model, plans.running(other)
-    took_s = takes(other, "stop" if how is None else f"sleep-{how}")
-    if not leases:
-        return f"Stopping {name}" if how is None else f"Putting {name} to sleep", took_s
-    _, longest_s = drains.fate(state, other, leases, how)
-    since = other.phase.since if isinstance(other.phase, Draining) else now
-    answers_s = min(ANSWER_S, max(since + longest_s - now, 0.0))
-    return f"Waiting for {count(len(leases), 'answer')} of {name}", answers_s + took_s
-
-
-def _doing(engine: Engine) -> str:
-    return _ORDERED[type(engine.phase)].format(engine.spec.model)
-
-
-def _ends_at(engine: Engine, now: float) -> float:
-    """When the order under way has probably ended. One that is late ends any moment."""
-    phase = engine.phase
-    match phase:
-        case Waking(level=level):
-            at = phase.since + takes(engine, f"wake-{level}")
+        case Asleep(level=level):
+            return total([clear, durations.span(engine, f"wake-{level}")])
         case FallingAsleep(level=level):
-            at = phase.since + takes(engine, f"sleep-{level}")
-        case Starting():
-            at = phase.since + takes(engine, "start")
-        case Stopping(retry_at=retry_at):
-            at = max(phase.since + takes(engine, "stop"), retry_at or 0.0)
-        case Proving():
-            at = phase.since + plans.switch_cost_s(engine) + ANSWER_S
+            before = longest([clear, _left(engine, now)])
+            return total([before, durations.span(engine, f"wake-{level}")])
+        case Stopping() | Down():
+            at = engine.phase.retry_at
+            pause = max((at or now) - now, 0.0)
+            waits = [clear, _left(engine, now), Span(pause, pause, pause)]
+            return total([longest(waits), durations.span(engine, "start")])
         case _:
-            at = now
-    return max(at, now)
+            return None
+
+
+def _left(engine: Engine, now: float) -> Span:
+    """Of the order that it carries out; nothing where it carries out none."""
+    phase = engine.phase
+    if not in_flight(phase):
+        return ZERO
+    act = durations.act_of(phase)
+    span = PROOF if act is None else durations.span(engine, act)
+    return span.after(now - phase.since)
+
+
+def _clearing(state: State, model: ModelId, room: Displacements, now: float) -> Span:
+    """Until all of `room` is made and the GPUs of `model` are quiet."""
+    mine = set(state.engines[model].spec.gpus)
+    gpus = mine.union(*(state.engines[name].spec.gpus for name in room))
+    others = [e for n, e in state.engines.items() if n != model and gpus.intersection(e.spec.gpus)]
+    first = longest(
+        [*(_left(e, now) for e in others), *(_drain(state, n, room, now) for n in room)]
+    )
+    in_turn = []
+    for gpu in gpus:
+        here = [name for name in room if gpu in state.engines[name].spec.gpus]
+        in_turn.append(total(_rest(state.engines[name], room, name) for name in here))
+    return total([first, longest(in_turn)])
+
+
+def _drain(state: State, name: ModelId, room: Displacements, now: float) -> Span:
+    """Until its answers have ended, or the policy ends them."""
+    engine = state.engines[name]
+    leases = running(engine)
+    if not leases:
+        return ZERO
+    _, most_s = fate(state, engine, leases, room[name])
+    began = engine.phase.since if isinstance(engine.phase, Draining) else now
+    span = durations.span(engine, "drain").after(now - began)
+    most_s = max(most_s - (now - began), 0.0)
+    return Span(0.0, min(span.mid_s, most_s), most_s)
+
+
+def _rest(engine: Engine, room: Displacements, name: ModelId) -> Span:
+    level = room[name]
+    act = "stop" if level is None else durations.to_sleep(engine, level)
+    return durations.span(engine, act)
+
+
+def _ever_up(engine: Engine) -> bool:
+    """Whether it comes up without an operator."""
+    phase = engine.phase
+    failed = isinstance(phase, Down | Stopping) and phase.failure is not None
+    return engine.enabled and not (failed and getattr(phase, "retry_at", None) is None)
+
+
+def _together(spans: Iterable[Span]) -> Span:
+    """One after another, where all are long if one is: on a crowded box."""
+    low = mid = high = 0.0
+    for span in spans:
+        low, mid, high = low + span.low_s, mid + span.mid_s, high + span.high_s
+    return Span(low, mid, high)
+
+
+def _after_it_left(engine: Engine) -> Span:
+    """Whoever it makes room for goes first: only then is it brought up again."""
+    level = engine.phase.level if isinstance(engine.phase, Draining) else None
+    return durations.span(engine, "start" if level is None else f"wake-{level}")
+
+
+def ahead(state: State, model: ModelId) -> list[ModelId]:
+    """Models whose turn on these GPUs comes before: they come up, or were asked for earlier."""
+    engine = state.engines[model]
+    gpus = set(engine.spec.gpus)
+    oldest: dict[ModelId, float] = {}
+    for ticket in state.waiting:
+        oldest.setdefault(ticket.model, ticket.since)
+    own = oldest.get(model, float("inf"))
+    first = {getattr(engine.phase, "wanted_by", None)}
+    first |= {n for n, e in state.engines.items() if isinstance(e.phase, Starting | Waking)}
+    first |= {other for other, since in oldest.items() if since < own}
+    return [
+        name
+        for name, other in state.engines.items()
+        if name in first and name != model and gpus.intersection(other.spec.gpus)
+    ]
+
+
+def _visit(state: State, other: ModelId, now: float) -> Iterator[Span]:
+    """Its switch, its stay, and its leave."""
+    switch = eta(state, other, now)
+    if switch is not None:
+        engine = state.engines[other]
+        waiting = sum(ticket.model == other for ticket in state.waiting)
+        most = max(fairness.residency_s(state, other), fairness.quiet_s(state, other))
+        yield switch
+        yield _stay(state, engine, most, crowd=waiting)
+        yield durations.span(
+            engine, durations.to_sleep(engine, engine.spec.level or SleepLevel.ONE)
+        )
+
+
+def _stay(state: State, engine: Engine, most_s: float, *, crowd: int) -> Span:
+    """How long it is used before it makes room: an answer and a quiet gap, or all it may."""
+    quiet = fairness.quiet_s(state, engine.spec.model)
+    one = durations.span(engine, "drain").mid_s + quiet
+    return Span(min(quiet, most_s), most_s if crowd > 1 else min(one, most_s), most_s)
+
+
+def _held(state: State, model: ModelId, now: float) -> Span:
+    """How long those that are awake in its place may stay: till they are idle, if they are busy."""
+    if isinstance(state.engines[model].phase, Starting | Waking | Proving | Draining):
+        return ZERO
+    since = min((t.since for t in state.waiting if t.model == model), default=now)
+    stays = [ZERO]
+    for name in make_room(state, model, may_displace=is_not_pinned) or {}:
+        engine = state.engines[name]
+        if isinstance(engine.phase, Awake):
+            at = fairness.leaves_at(
+                state, engine, engine.phase, wanted_by=model, since=since, now=now
+            )
+            most, leases = max(at - now, 0.0), len(running(engine))
+            busy = _stay(state, engine, most, crowd=leases)
+            stays.append(busy if leases else Span(most, most, most))
+    return longest(stays)

@@ -4,25 +4,22 @@ Goals are derived afresh from the state at every step; nothing remembers them, s
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from enum import Enum
 
-from . import ledger, plans
+from . import freeing, ledger, levels, plans
 from .admission import asks_for_a_switch
 from .draft import Draft
 from .fairness import patience_s
+from .goal import Goal, Reach, may_displace
+from .idleness import by_itself, may_pin_now, wants_freeze_proof
 from .model import (
     Act,
     Asleep,
     Awake,
     Chore,
     Down,
-    Draining,
     Engine,
     FallingAsleep,
     ModelId,
-    Operation,
-    Policy,
     Proof,
     SleepLevel,
     Starting,
@@ -30,33 +27,6 @@ from .model import (
     Stopping,
     Waking,
 )
-
-
-class Reach(Enum):
-    AWAKE = "awake"
-    LOADED = "loaded"
-    """Up, and asleep unless somebody uses it."""
-    ASLEEP = "asleep"
-    DOWN = "down"
-    PROVEN = "proven"
-
-
-@dataclass(frozen=True, slots=True)
-class Goal:
-    reach: Reach
-    model: ModelId
-    since: float
-    operation: Operation | None = None
-    chore: Chore | None = None
-    gentle: bool = False
-    """Displaces idle engines only."""
-    proof: Proof = Proof.FREEZE
-
-    @property
-    def urgent(self) -> bool:
-        """An operator asked: patience and residency do not count."""
-        return self.operation is not None
-
 
 _REACH = {
     Act.SWITCH: Reach.AWAKE,
@@ -71,16 +41,21 @@ _REACH = {
 def goals(d: Draft) -> Iterator[Goal]:
     """Operators first, in order; then who waits, fairly; then what the box does by itself."""
     for operation in list(d.operations):
-        yield Goal(_REACH[operation.act], operation.model, operation.since, operation)
+        if operation.act is Act.FREE:
+            yield from freeing.goals(d, operation)
+        else:
+            yield Goal(_REACH[operation.act], operation.model, operation.since, operation)
     if d.stopping:
         yield from _thaws(d)
         return
+    if d.freed:
+        yield from freeing.goals(d)
     for name, engine in d.engines.items():
         if engine.retiring or engine.renew:
             yield Goal(Reach.DOWN, name, d.now)
     yield from _waiters(d)
     if not d.waiting and not d.operations:
-        yield from _by_itself(d)
+        yield from by_itself(d)
 
 
 def _waiters(d: Draft) -> Iterator[Goal]:
@@ -123,102 +98,11 @@ def _of_chore(chore: Chore) -> Goal:
     return Goal(reach, chore.model, chore.since, chore=chore, gentle=chore.gentle)
 
 
-def room(d: Draft, goal: Goal) -> plans.Displacements | None:
-    """What has to go before `goal` can bring its engine up; None: that can never be.
-
-    Loading for later stops nobody who sleeps already, or two models would stop each other by turns.
-    """
-    for_now = goal.urgent or goal.reach is not Reach.LOADED
-    return plans.make_room(
-        d.state(),
-        goal.model,
-        may_displace=lambda engine: may_displace(d, goal, engine),
-        may_stop=for_now or not goal.gentle,
-        may_stop_sleepers=for_now,
-    )
-
-
-def may_displace(d: Draft, goal: Goal, engine: Engine) -> bool:
-    """Whether `goal` may ever make `engine` go; when is another question."""
-    operation = goal.operation
-    if operation is not None and operation.act is Act.WAKE:
-        return False
-    if isinstance(engine.phase, Asleep | FallingAsleep) and engine.phase.frozen:
-        return False
-    if engine.spec.pinned and not (operation is not None and operation.force):
-        return False
-    return not goal.gentle or _gives_way(d, goal, engine)
-
-
-def _gives_way(d: Draft, goal: Goal, engine: Engine) -> bool:
-    """To gentle goals only sleepers and idle engines do, and actives not to one another.
-
-    What cannot sleep would have to be stopped: never for one that is only loaded for later.
-    """
-    if goal.reach is Reach.LOADED and not any(plans.levels(engine, d.policy)):
-        return False
-    match engine.phase:
-        case Awake(leases=leases, held_until=held):
-            rival = goal.reach is Reach.AWAKE and engine.spec.startup is Startup.ACTIVE
-            return not leases and not rival and (held is None or held <= d.now)
-        case Draining(leases=leases):
-            return not leases
-        case Asleep() | FallingAsleep() | Down():
-            return True
-        case _:
-            return False
-
-
 def _frozen_since(engine: Engine) -> float | None:
     phase = engine.phase
     if isinstance(phase, Asleep | FallingAsleep | Waking) and phase.frozen:
         return phase.since
     return None
-
-
-def _by_itself(d: Draft) -> Iterator[Goal]:
-    """Idle sleepers and proofs: only while nobody wants anything."""
-    for engine in d.engines.values():
-        match engine.phase:
-            case Awake(idle_since=float() as since):
-                yield from _idle(d, engine, since)
-            case Draining(leases=leases, awake=awake, since=since) if not leases:
-                yield from _idle(d, engine, awake.idle_since or since)
-            case _:
-                pass
-
-
-def _idle(d: Draft, engine: Engine, idle_since: float) -> Iterator[Goal]:
-    """At most one goal, or two could pull the engine both ways; the proof before the sleep."""
-    name, rest_s = engine.spec.model, engine.spec.sleep_after_s
-    if d.booted and wants_freeze_proof(engine, d.policy) and may_pin_now(d, name):
-        at = idle_since + min(d.policy.prove_after_s, rest_s or d.policy.prove_after_s)
-        reach = Reach.PROVEN
-    elif rest_s is not None and not engine.spec.pinned:
-        at, reach = idle_since + rest_s, Reach.ASLEEP
-    else:
-        return
-    if at <= d.now:
-        yield Goal(reach, name, d.now)
-    d.call_at(at)
-
-
-def may_pin_now(d: Draft, model: ModelId) -> bool:
-    """Whether host RAM has room at this moment for `model` to sleep at level 1."""
-    limit = ledger.budget(d.state())
-    return ledger.ram_allows(d.engines, model, SleepLevel.ONE, limit)
-
-
-def wants_freeze_proof(engine: Engine, policy: Policy) -> bool:
-    """Whether freezing this engine's answers is possible, of use, and still unproved."""
-    traits = engine.traits
-    return (
-        traits is not None
-        and traits.can_keep
-        and SleepLevel.ONE in plans.levels(engine, policy)
-        and Proof.FREEZE not in traits.proofs
-        and Proof.FREEZE not in engine.unproved
-    )
 
 
 def unproved(d: Draft, goal: Goal, level: SleepLevel | None) -> Proof | None:
@@ -229,7 +113,7 @@ def unproved(d: Draft, goal: Goal, level: SleepLevel | None) -> Proof | None:
     engine = d.engines[goal.model]
     lowered = level is None or engine.spec.level is SleepLevel.TWO
     wants_two = lowered or (d.policy.level is SleepLevel.TWO and engine.spec.level is None)
-    if wants_two and plans.worth_proving(engine, d.policy):
+    if wants_two and levels.worth_proving(engine, d.policy):
         return Proof.RELOAD
     own = 0 if goal.operation is None else 1
     alone = not d.waiting and len(d.operations) == own
@@ -243,10 +127,10 @@ def resting_level(d: Draft, goal: Goal) -> SleepLevel | None:
     engine, limit = d.engines[goal.model], ledger.budget(d.state())
     asked = goal.operation.level if goal.operation else None
     if asked is None or engine.traits is None:
-        return plans.resting_level(d.engines, goal.model, d.policy, limit)
+        return levels.resting_level(d.engines, goal.model, d.policy, limit)
     proved = asked is SleepLevel.ONE or engine.traits.proofs.get(Proof.RELOAD, False)
     able = proved and asked in engine.traits.levels
-    return asked if able and plans.rests_at(d.engines, goal.model, asked, limit) else None
+    return asked if able and levels.rests_at(d.engines, goal.model, asked, limit) else None
 
 
 def bootstrap(d: Draft) -> list[Chore]:
@@ -290,6 +174,8 @@ def restores(d: Draft) -> list[Chore]:
     if d.waiting or d.operations or d.chores or d.stopping:
         return []
     for name, engine in d.engines.items():
+        if freeing.is_freed(d, engine):
+            continue
         match engine.phase:
             case Down(failure=failure, retry_at=at) if failure and at and engine.keep_loaded:
                 if at > d.now:

@@ -6,10 +6,11 @@ that is loaded.
 
 from dataclasses import replace
 
-from . import plans, results
+from . import durations, results
 from .draft import Draft
 from .drains import Resting
-from .goals import Goal, Reach, goals, may_displace, room
+from .goal import Goal, Reach, may_displace, room
+from .goals import goals
 from .model import (
     Asleep,
     Down,
@@ -27,6 +28,7 @@ _SLACK_S = 5.0
 
 _PROOF_S = 30.0
 """What a proof takes, generously: two answers, a sleep and a wake."""
+_GOES = (Reach.ASLEEP, Reach.DOWN, Reach.CLEARED)
 
 
 def hurry(d: Draft, resting: dict[ModelId, Resting]) -> None:
@@ -43,7 +45,7 @@ def hurry(d: Draft, resting: dict[ModelId, Resting]) -> None:
 
 def _unwanted(d: Draft, goal: Goal) -> set[ModelId]:
     """The engines that have to go before `goal` is reached."""
-    if goal.reach in (Reach.ASLEEP, Reach.DOWN):
+    if goal.reach in _GOES:
         return {goal.model}
     if isinstance(d.engines[goal.model].phase, Down | Asleep):
         return set(room(d, goal) or ())
@@ -53,7 +55,7 @@ def _unwanted(d: Draft, goal: Goal) -> set[ModelId]:
 def _give_up_what_hangs(d: Draft, goal: Goal) -> None:
     """Whoever says `--now` does not wait for an order in his way that outlived its time."""
     engine = d.engines[goal.model]
-    if goal.reach in (Reach.ASLEEP, Reach.DOWN) or not isinstance(engine.phase, Down | Asleep):
+    if goal.reach in _GOES or not isinstance(engine.phase, Down | Asleep):
         return
     for other in list(d.engines.values()):
         near = other is not engine and not set(other.spec.gpus).isdisjoint(engine.spec.gpus)
@@ -68,14 +70,11 @@ def _give_up_what_hangs(d: Draft, goal: Goal) -> None:
 def _hangs_at(engine: Engine) -> float | None:
     """The instant from which its order in flight counts as hanging; None without such an order."""
     match engine.phase:
-        case Starting(since=since):
-            typical = plans.takes(engine, "start")
-        case Waking(since=since, level=level):
-            typical = plans.takes(engine, f"wake-{level}")
-        case FallingAsleep(since=since, level=level):
-            typical = plans.takes(engine, f"sleep-{level}")
-        case Proving(since=since):
+        case Starting() | Waking() | FallingAsleep():
+            act = durations.act_of(engine.phase)
+            typical = durations.takes(engine, act) if act else 0.0
+        case Proving():
             typical = _PROOF_S
         case _:
             return None
-    return since + 2 * typical + _SLACK_S
+    return engine.phase.since + 2 * typical + _SLACK_S

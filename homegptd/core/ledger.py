@@ -23,7 +23,6 @@ from .model import (
     Stopping,
     Waking,
 )
-from .refusals import Reason, Refusal
 
 HOST = Gpu(-1)
 """Host RAM, as one more place on the books."""
@@ -102,57 +101,6 @@ def ram_allows(
     """Whether host RAM has room at this moment for `model` to be put to sleep at `level`."""
     others = sum(charge(engine)[HOST] for name, engine in engines.items() if name != model)
     return others + asleep(engines[model], level)[HOST] <= limit[HOST]
-
-
-def explain(state: State, model: ModelId) -> tuple[str, ...]:
-    """One sum for each place where `model` lacks room, as a person would write it.
-
-    For example `needs 60.0 GB on gpu0; 96.0 total - 2.1 residue of a - 38.0 b awake = 55.9`.
-    """
-    limit = budget(state)
-    lines = []
-    for place, amount in sorted(awake(state.engines[model]).items()):
-        held = {
-            name: eventual(engine)[place]
-            for name, engine in state.engines.items()
-            if name != model and eventual(engine)[place]
-        }
-        left = limit[place] - sum(held.values())
-        if amount > left:
-            lines.append(_sum_line(state, place, amount, held))
-    return tuple(lines)
-
-
-def no_room(state: State, model: ModelId) -> Refusal:
-    """Why `model` cannot be brought up."""
-    sums = "; ".join(explain(state, model))
-    pinned = any(e.spec.pinned and name != model for name, e in state.engines.items())
-    reason = Reason.PINNED if pinned else Reason.DOES_NOT_FIT
-    text = f'cannot bring up "{model}": {sums or "no room"}'
-    return Refusal(reason, text, f"homegptctl plan {model}")
-
-
-def _sum_line(state: State, place: Gpu, need: int, held: Mapping[ModelId, int]) -> str:
-    limit = budget(state)[place]
-    left = limit - sum(held.values())
-    terms = "".join(
-        f" - {_gb(amount)} {_what(state.engines[name], place)} {name}"
-        for name, amount in held.items()
-    )
-    where = "host RAM" if place == HOST else f"gpu{place}"
-    return f"needs {_gb(need)} GB on {where}; {_gb(limit)} total{terms} = {_gb(left)}"
-
-
-def _what(engine: Engine, place: Gpu) -> str:
-    if place == HOST:
-        return "pinned" if engine.holds_pinned else "process of"
-    if isinstance(engine.phase, Asleep | FallingAsleep):
-        return "residue of"
-    return "pinned by the operator:" if engine.spec.pinned else "awake"
-
-
-def _gb(mib: int) -> str:
-    return f"{mib / 1024:.1f}"
 
 
 def _host(engine: Engine, *, holds_pinned: bool) -> int:

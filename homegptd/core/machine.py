@@ -7,7 +7,7 @@ After each event the machine pursues its goals until nothing more can be done no
 from dataclasses import replace
 from typing import assert_never
 
-from . import results
+from . import freeing, results
 from .draft import Draft, Outcome
 from .drains import ASK_AGAIN_S
 from .events import (
@@ -28,7 +28,6 @@ from .events import (
     TimePassed,
     WakeEnded,
 )
-from .forecast import retry_s
 from .goals import arranged, bootstrap, wakes
 from .model import (
     Act,
@@ -52,6 +51,7 @@ from .model import (
     TicketId,
     Waking,
 )
+from .outlook import retry_s
 from .pursue import pursue
 from .refusals import Reason, Refusal
 
@@ -114,6 +114,7 @@ def _apply(d: Draft, event: Event) -> None:
 
 
 def _arrive(d: Draft, ticket: Ticket) -> None:
+    d.wanted_at = d.now
     refusal = _why_not(d, ticket)
     if refusal is None:
         d.waiting.append(ticket)
@@ -129,6 +130,9 @@ def _why_not(d: Draft, ticket: Ticket) -> Refusal | None:
         return Refusal(Reason.SHUTTING_DOWN, "homeGPT is shutting down", retry_after_s=5.0)
     if not engine.enabled:
         return results.disabled_refusal(ticket.model)
+    freed = freeing.refusal(d, engine)
+    if freed is not None:
+        return freed
     if len(d.waiting) >= d.policy.max_waiting:
         text = f"{len(d.waiting)} requests are waiting already"
         return Refusal(
@@ -142,6 +146,7 @@ def _why_not(d: Draft, ticket: Ticket) -> Refusal | None:
 
 
 def _close(d: Draft, ticket_id: TicketId, *, served: bool) -> None:
+    d.wanted_at = d.now
     ticket = d.granted.pop(ticket_id, None)
     if ticket is None:
         d.waiting = [waiting for waiting in d.waiting if waiting.id != ticket_id]
@@ -150,7 +155,9 @@ def _close(d: Draft, ticket_id: TicketId, *, served: bool) -> None:
     if engine is not None:
         failures = 0 if served else engine.failures
         phase = _without(engine.phase, ticket_id, d.now)
-        d.put(replace(engine, phase=phase, failures=failures, last_used=d.now))
+        # who drains does not become dearer to displace with each answer that ends
+        used = engine.last_used if isinstance(phase, Draining) else d.now
+        d.put(replace(engine, phase=phase, failures=failures, last_used=used))
 
 
 def _without(phase: Phase, ticket: TicketId, now: float) -> Phase:
@@ -172,7 +179,10 @@ def _without(phase: Phase, ticket: TicketId, now: float) -> Phase:
 def _ask(d: Draft, operation: Operation) -> None:
     engine = d.engines.get(operation.model)
     d.operations.append(operation)
-    if engine is None or engine.retiring:
+    d.wanted_at = d.now
+    if operation.act.of_gpus:
+        _lend(d, operation)
+    elif engine is None or engine.retiring:
         text = f'no model "{operation.model}"'
         d.finish(operation, text, Refusal(Reason.UNKNOWN_MODEL, text, "homegptctl status"))
     elif d.stopping:
@@ -184,6 +194,17 @@ def _ask(d: Draft, operation: Operation) -> None:
         d.put(replace(engine, enabled=True, keep_loaded=True, failures=0, unproved={}))
         if operation.act is Act.START and not isinstance(engine.phase, Down | Stopping):
             d.finish(operation, f"{operation.model} is up already")
+
+
+def _lend(d: Draft, operation: Operation) -> None:
+    if operation.act is Act.RECLAIM:
+        d.finish(operation, freeing.reclaim(d, operation.gpus))
+        d.chores = arranged(d, ())
+    elif d.stopping:
+        text = "homeGPT is shutting down"
+        d.finish(operation, text, Refusal(Reason.SHUTTING_DOWN, text))
+    else:
+        freeing.free(d, operation)
 
 
 def _forget(d: Draft, engine: Engine, operation: Operation) -> None:
@@ -201,6 +222,8 @@ def _forget(d: Draft, engine: Engine, operation: Operation) -> None:
 
 def _cancel(d: Draft, operation_id: int) -> None:
     for operation in [o for o in d.operations if o.id == operation_id]:
+        if operation.act is Act.FREE:
+            freeing.reclaim(d, operation.gpus)
         text = "cancelled; what had begun ends by itself"
         d.finish(operation, text, Refusal(Reason.CANCELLED, text))
 
@@ -211,7 +234,7 @@ def _cancel(d: Draft, operation_id: int) -> None:
 def _observe(d: Draft, event: Observed) -> None:
     """Life begins: what runs is adopted, and what is missing becomes the bootstrap."""
     if d.since is None:
-        d.since = d.now
+        d.since = d.wanted_at = d.now
         results.observed(d, event)
         d.chores = [] if d.stopping else bootstrap(d)
 
@@ -262,6 +285,7 @@ def _shut_down(d: Draft) -> None:
 def _reconfigure(d: Draft, event: ConfigChanged) -> None:
     """Apply the difference; engines whose own settings stay the same notice nothing."""
     d.policy, d.gpus, d.host_mib = event.policy, event.gpus, event.host_mib
+    d.freed = {gpu: lent for gpu, lent in d.freed.items() if gpu in event.gpus}
     given = {spec.model: spec for spec in event.specs}
     before = dict(d.engines)
     d.engines = {name: replace(engine, no_room=None) for name, engine in before.items()}

@@ -9,7 +9,11 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import NewType
 
-from .refusals import Refusal
+from .asks import Act as Act
+from .asks import Chore as Chore
+from .asks import Ended as Ended
+from .asks import Operation as Operation
+from .asks import Ticket as Ticket
 
 ModelId = NewType("ModelId", str)
 TicketId = NewType("TicketId", int)
@@ -124,6 +128,7 @@ class EngineSpec:
     on_deadline: OnDeadline | None = None
     drain_s: float | None = None
     sleep_after_s: float | None = None
+    stop_after_s: float | None = None
     fingerprint: str = ""
     """Of everything that needs a restart of the engine when it changes."""
 
@@ -141,6 +146,8 @@ class Policy:
     on_deadline: OnDeadline = OnDeadline.AUTO
     max_answer_s: float = 600.0
     freeze_max_s: float = 300.0
+    return_to_default_s: float | None = None
+    """After so long in which nobody wanted anything the default model is awake again."""
     max_waiting: int = 256
     max_wait_s: float = 600.0
     prove_after_s: float = 300.0
@@ -238,6 +245,8 @@ class FallingAsleep:
     level: SleepLevel
     frozen: frozenset[TicketId] = frozenset()
     wanted_by: ModelId | None = None
+    first: bool = False
+    """Pins its host RAM, and so takes longer than later ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,75 +300,23 @@ class Engine:
     next_spec: EngineSpec | None = None
     """The changed settings. Until it is down, `spec` stays what it runs with and is charged for."""
     last_used: float = 0.0
-    timings: Mapping[str, float] = field(default_factory=dict)
-    """Typical seconds of `start`, `sleep-1`, `sleep-2`, `wake-1`, `wake-2` on this box."""
+    up_since: float = 0.0
+    """When this incarnation was up, or was found."""
+    took: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Seconds that each act of `durations` took on this box, the newest last."""
     unproved: Mapping[Proof, str] = field(default_factory=dict)
     """Proofs that failed, and how."""
     no_room: Failure | None = None
     """Why it can never come up beside what is pinned, since it was last tried."""
 
 
-# ---------------------------------------------------------------- who asks
-
-
 @dataclass(frozen=True, slots=True)
-class Ticket:
-    """One client request, from arrival to end."""
+class Lent:
+    """A GPU that an operator freed for something else than models."""
 
-    id: TicketId
-    model: ModelId
-    since: float
-    until: float
-    """When it is refused if still waiting."""
-    freezable: bool = False
-    """Its answer is a stream, so a silent gap does no harm."""
-    may_switch: bool = True
-    priority: int = 0
-    replay: bool = False
-    """Second and last try after its engine died before the first byte."""
-
-
-class Act(Enum):
-    """What an operator can ask of a model."""
-
-    SWITCH = "switch"
-    WAKE = "wake"
-    SLEEP = "sleep"
-    START = "start"
-    STOP = "stop"
-    PROVE = "prove"
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """A long act with an id and a caller."""
-
-    id: OperationId
-    act: Act
-    model: ModelId
     by: str
-    since: float
-    cut: bool = False
-    """`--now`: answers that are in the way are cut, not drained."""
-    force: bool = False
-    """Displaces pinned models too."""
-    level: SleepLevel | None = None
-    restarted: bool = False
-    """PROVE: the order was given."""
-    displaced: tuple[ModelId, ...] = ()
-    """START: what was awake and had to go; it is woken again at the end."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chore:
-    """Work the box gives itself: the rest of the bootstrap, and what a failure left undone."""
-
-    act: Act
-    """START (load, then put to sleep) or WAKE."""
-    model: ModelId
-    since: float
-    gentle: bool = False
-    """Displaces idle engines only, and is dropped rather than waited for."""
+    awake: tuple[ModelId, ...] = ()
+    """What was awake there; it is woken when the GPU is reclaimed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,6 +334,12 @@ class State:
     granted: Mapping[TicketId, Ticket] = field(default_factory=dict)
     operations: tuple[Operation, ...] = ()
     chores: tuple[Chore, ...] = ()
+    freed: Mapping[Gpu, Lent] = field(default_factory=dict)
+    """GPUs on which nothing is to run."""
+    wanted_at: float = 0.0
+    """When somebody last wanted anything."""
+    wanted: tuple[ModelId, ...] = ()
+    """Whom the last wakes were for, the newest last: what is likely next."""
     booted: bool = False
     """The bootstrap is over: what could be brought up is up."""
     stopping: bool = False
@@ -384,12 +347,3 @@ class State:
     """When this life began: what runs was observed. Nothing is ordered or granted before."""
     orders: int = 0
     """The number of the last order given."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """How an operation ended; `refusal` is None if it did what was asked."""
-
-    operation: Operation
-    refusal: Refusal | None
-    text: str

@@ -6,24 +6,17 @@ different GPUs go on side by side and those on the same GPU one after the other.
 
 from dataclasses import dataclass, field, replace
 
-from . import ledger, plans, results
+from . import ledger, plans, results, sums
 from .admission import turn_away
 from .draft import Draft
 from .drains import Resting, drain_s, progress
 from .fairness import leaves_at, residency_s
-from .goals import (
-    Goal,
-    Reach,
-    arranged,
-    goals,
-    may_pin_now,
-    resting_level,
-    restores,
-    room,
-    unproved,
-    wakes,
-)
+from .freeing import enforce
+from .goal import Goal, Reach, may_displace, room
+from .goals import arranged, goals, resting_level, restores, unproved, wakes
 from .haste import hurry
+from .idleness import may_pin_now
+from .levels import Displacements
 from .model import (
     Asleep,
     Awake,
@@ -43,6 +36,7 @@ from .refusals import Reason, Refusal
 
 _MAX_PASSES = 200
 """Far above what a dozen engines can need in one step; beyond it, rules contradict each other."""
+_GOES = (Reach.DOWN, Reach.CLEARED)
 
 
 def pursue(d: Draft) -> None:
@@ -51,6 +45,8 @@ def pursue(d: Draft) -> None:
         return  # not observed yet
     for _ in range(_MAX_PASSES):
         _grant(d)
+        if d.freed or d.operations:
+            enforce(d)
         turn_away(d)
         d.changed = False  # grants come before the goals of the same pass
         if not d.booted and not d.chores and not d.stopping:
@@ -108,6 +104,8 @@ class _Pass:
                 self._to_asleep(goal, engine)
             case Reach.DOWN:
                 self._to_down(goal, engine)
+            case Reach.CLEARED:
+                self._to_cleared(goal, engine)
 
     def _to_awake(self, goal: Goal, engine: Engine) -> None:
         match engine.phase:
@@ -188,6 +186,21 @@ class _Pass:
             case _:
                 self._claim(engine.spec.gpus)
 
+    def _to_cleared(self, goal: Goal, engine: Engine) -> None:
+        """What is frozen there wakes first, and its answers end; or it is stopped with `--now`."""
+        cut = goal.operation is not None and goal.operation.cut
+        match engine.phase:
+            case Starting(adopts=False):
+                self.d.stop(goal.model)
+            case Asleep(frozen=frozen) if frozen and cut:
+                self._break_off(engine)
+            case Awake() | Draining():
+                self._displace(goal, engine, resting_level(self.d, goal))
+            case Down() | Asleep():
+                pass
+            case _:
+                self._claim(engine.spec.gpus)
+
     def _break_off(self, engine: Engine) -> None:
         name = engine.spec.model
         self.d.cut(results.frozen(engine), f'"{name}" was stopped by an operator')
@@ -253,7 +266,7 @@ class _Pass:
             else:
                 d.start(goal.model)
 
-    def _remember(self, goal: Goal, displaced: plans.Displacements) -> None:
+    def _remember(self, goal: Goal, displaced: Displacements) -> None:
         """A load for later borrows its room from whoever is awake."""
         if goal.reach is not Reach.LOADED:
             return
@@ -271,7 +284,9 @@ class _Pass:
         d = self.d
         if not goal.gentle and any(results.frozen(e) for e in d.engines.values()):
             return  # what is frozen ends in bounded time, and then there is room
-        refusal = ledger.no_room(d.state(), goal.model)
+        refusal = sums.no_room(
+            d.state(), goal.model, may_displace=lambda engine: may_displace(d, goal, engine)
+        )
         if not plans.can_ever_fit(d.state(), goal.model):
             why = Failure(refusal.message, refusal.hint)
             d.put(replace(d.engines[goal.model], no_room=why))
@@ -306,9 +321,10 @@ class _Pass:
     def _may_drain_at(self, goal: Goal, engine: Engine) -> float:
         """The instant from which `goal` may displace it."""
         phase = engine.phase
-        if not isinstance(phase, Awake) or goal.urgent or goal.reach is Reach.DOWN:
+        if not isinstance(phase, Awake) or goal.urgent or goal.reach in _GOES:
             return self.d.now
-        return leaves_at(self.d, engine, phase, wanted_by=goal.model, since=goal.since)
+        d = self.d
+        return leaves_at(d, engine, phase, wanted_by=goal.model, since=goal.since, now=d.now)
 
     def _undrain(self, engine: Engine, phase: Draining) -> None:
         idle_since = None if phase.leases else self.d.now

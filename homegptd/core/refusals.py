@@ -18,6 +18,7 @@ class Reason(Enum):
     CANCELLED = "cancelled"
     BUSY = "busy"
     CUT = "cut"
+    GPU_FREED = "gpu-freed"
     ENGINE_FAULT = "engine-fault"
 
 

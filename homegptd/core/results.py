@@ -5,6 +5,7 @@ A result counts only if it belongs to the order that the engine's phase is waiti
 
 from dataclasses import replace
 
+from . import durations, likely
 from .commands import Probe
 from .draft import Draft
 from .events import (
@@ -42,9 +43,6 @@ from .refusals import Reason, Refusal
 STOP_AGAIN_S = 30.0
 """When a stop that left something behind is tried again, in seconds."""
 
-_MEMORY = 0.3
-"""Weight of the newest duration in the moving average of an engine's timings."""
-
 
 def start_ended(d: Draft, event: StartEnded) -> None:
     engine = _awaited(d, event.model, event.order, Starting)
@@ -54,10 +52,12 @@ def start_ended(d: Draft, event: StartEnded) -> None:
         _fail(d, engine, event.failure or Failure("it did not say what it is"), again_at_once=False)
         return
     adopted = isinstance(engine.phase, Starting) and engine.phase.adopts
-    timed = engine if adopted else _timed(d, engine, "start")
+    timed = engine if adopted else _timed(d, engine)
     phase = _found_phase(d, event.traits)
     pinned = may_have_pinned(event.traits) if adopted else isinstance(phase, Asleep)
-    d.put(replace(timed, traits=event.traits, phase=phase, holds_pinned=pinned, no_room=None))
+    up = replace(timed, traits=event.traits, phase=phase, holds_pinned=pinned, no_room=None)
+    d.put(replace(up, up_since=d.now))
+    _came_up(d, event.model)
     d.watch(event.model)
 
 
@@ -70,8 +70,15 @@ def wake_ended(d: Draft, event: WakeEnded) -> None:
         return
     frozen = engine.phase.frozen
     awake = Awake(d.now, leases=frozen, idle_since=None if frozen else d.now)
-    timed = _timed(d, engine, f"wake-{engine.phase.level}")
+    timed = _timed(d, engine)
     d.put(replace(timed, phase=awake, last_used=d.now, no_room=None))
+    _came_up(d, event.model)
+
+
+def _came_up(d: Draft, model: ModelId) -> None:
+    """Remember whom a wake was for; what the box does by itself says nothing of what is likely."""
+    if d.is_wanted(model):
+        d.wanted = (*d.wanted, model)[-likely.KEPT :]
 
 
 def sleep_ended(d: Draft, event: SleepEnded) -> None:
@@ -84,7 +91,7 @@ def sleep_ended(d: Draft, event: SleepEnded) -> None:
     level, frozen = engine.phase.level, engine.phase.frozen
     until = d.now + d.policy.freeze_max_s if frozen else None
     asleep = Asleep(level, d.now, frozen, until)
-    d.put(replace(_timed(d, engine, f"sleep-{level}"), phase=asleep))
+    d.put(replace(_timed(d, engine), phase=asleep))
 
 
 def stop_ended(d: Draft, event: StopEnded) -> None:
@@ -98,7 +105,7 @@ def stop_ended(d: Draft, event: StopEnded) -> None:
     down = Down(d.now, engine.phase.failure, engine.phase.retry_at)
     d.put(
         replace(
-            _timed(d, engine, "stop"),
+            _timed(d, engine),
             spec=engine.next_spec or engine.spec,
             phase=down,
             traits=None,
@@ -178,6 +185,7 @@ def _adopt(d: Draft, engine: Engine, found: Found) -> None:
             phase=phase,
             traits=found.traits,
             incarnation=engine.incarnation + 1,
+            up_since=d.now,
             holds_pinned=may_have_pinned(found.traits),
             enabled=True,
         )
@@ -273,9 +281,7 @@ def _awaited(d: Draft, model: ModelId, order: OrderId, phase: type) -> Engine | 
     return engine if getattr(engine.phase, "order", None) == order else None
 
 
-def _timed(d: Draft, engine: Engine, act: str) -> Engine:
-    """The engine with the duration of the order that just ended in its moving average."""
-    took = d.now - engine.phase.since
-    old = engine.timings.get(act)
-    average = took if old is None else old + _MEMORY * (took - old)
-    return replace(engine, timings={**engine.timings, act: average})
+def _timed(d: Draft, engine: Engine) -> Engine:
+    """The engine with what the order took that just ended."""
+    act = durations.act_of(engine.phase)
+    return engine if act is None else durations.timed(engine, act, d.now - engine.phase.since)

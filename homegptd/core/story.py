@@ -97,7 +97,8 @@ def summary(state: State) -> str:
     else:
         word = "degraded" if _failed(state) else "ready"
         crowd = f"{len(state.granted)} running, {len(state.waiting)} waiting"
-        text = f"{word}: {_population(state)}; {crowd}"
+        lent = "".join(f"gpu{gpu} freed by {each.by}; " for gpu, each in state.freed.items())
+        text = f"{word}: {_population(state)}; {lent}{crowd}"
     return text.encode("ascii", "replace").decode("ascii")
 
 
@@ -359,28 +360,39 @@ def _asked(event: Event, after: State) -> Iterator[Line]:
         engine = after.engines.get(operation.model)
         if operation.act is Act.STOP and engine and ends_first(engine.phase):
             text = f"{text}: it is {phase_word(engine.phase)}, which ends first without --now"
-        yield Line("info", "operation", operation.model, text, _about(operation))
+        yield Line("info", "operation", operation.model or None, text, _about(operation))
 
 
 def _ended(ended: Ended, now: float) -> Line:
     operation, refusal = ended.operation, ended.refusal
     took = round(now - operation.since, 3)
     fields = {**_about(operation), "took": took}
-    which = f"operation {operation.id} ({operation.act.value} {operation.model})"
+    which = f"operation {operation.id} ({operation.act.value} {_about_what(operation)})"
     if refusal is None:
         text = f"{which} is done after {took:.1f} s: {ended.text}"
-        return Line("info", "operation", operation.model, text, fields)
+        return Line("info", "operation", operation.model or None, text, fields)
     level: Level = "info" if refusal.reason is Reason.CANCELLED else "warning"
     text = _hinted(f"{which} ended: {ended.text}", refusal.hint)
     return Line(
-        level, "operation", operation.model, text, {**fields, "reason": refusal.reason.value}
+        level,
+        "operation",
+        operation.model or None,
+        text,
+        {**fields, "reason": refusal.reason.value},
     )
+
+
+def _about_what(operation: Operation) -> str:
+    """Its model, or its GPUs."""
+    if not operation.act.of_gpus:
+        return operation.model
+    return ", ".join(f"gpu{gpu}" for gpu in operation.gpus) or "all GPUs"
 
 
 def _act(operation: Operation) -> str:
     verb = "switch to" if operation.act is Act.SWITCH else operation.act.value
     extras = [word for word, given in (("now", operation.cut), ("force", operation.force)) if given]
-    return " ".join([verb, operation.model, *(f"--{word}" for word in extras)])
+    return " ".join([verb, _about_what(operation), *(f"--{word}" for word in extras)])
 
 
 def _about(operation: Operation) -> dict[str, str | int | float]:

@@ -53,6 +53,10 @@ def _params(asked: Asked) -> dict[str, object]:
         params["now"] = True
     if "force" in asked.options:
         params["force"] = True
+    if "gpu" in asked.options:
+        if not asked.options["gpu"].isdecimal():
+            usage(f"--gpu must be the index of a GPU, not {asked.options['gpu']}")
+        params["gpu"] = int(asked.options["gpu"])
     if "level" in asked.options:
         if asked.options["level"] not in ("1", "2"):
             usage(f"--level must be 1 or 2, not {asked.options['level']}")

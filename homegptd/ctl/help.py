@@ -88,7 +88,15 @@ request starts it again, unless its startup_mode is disabled.""",
 Tries on this box, with answers of its own, whether an answer of the model can be frozen by a
 sleep and go on rightly. Needs its GPU meanwhile. The daemon does this by itself, once for each
 model, when it loads it; until it is proved, a switch waits for running answers.""",
-    "plan": "Changes nothing. Exit code 4 if the model does not fit; then the sum says why.",
+    "free": """\
+For a game or a training run: running answers end first, or are cut with --now; then what is on the
+GPU sleeps, or is stopped where it cannot sleep, and nothing is started there until `homegptctl
+reclaim`, also over restarts. Without --gpu: all GPUs. Sleepers keep a little of it; `homegptctl
+stop MODEL` gives that back.""",
+    "reclaim": "What was awake wakes, and what is missing is loaded. Without --gpu: all GPUs.",
+    "plan": """\
+Changes nothing. In brackets: one switch in ten is quicker, one slower. Below the steps the sum of
+memory, place by place. Exit code 4 if the model does not fit; then the sum says why.""",
     "operation": "ID stands in what a verb prints with --no-wait, and in homegptctl status.",
     "cancel": "A step that has begun is carried out; what comes after it is not.",
     "events": "One line each, with --json one object. Goes on over a restart of the daemon.",

@@ -43,9 +43,17 @@ def lines(view: PlanView) -> list[str]:
 
 def _heading(view: PlanView, model: str) -> str:
     if not view["fits"]:
-        return f"a switch to {model} does not fit"
+        return f"a switch to {model} is not possible now"
     if not view["steps"]:
         return f"{model} is awake, nothing to do"
-    about = f", about {seconds_text(view['expected_s'])}" if view["expected_s"] else ""
     count = len(view["steps"])
-    return f"a switch to {model} takes {count} {'step' if count == 1 else 'steps'}{about}"
+    return f"a switch to {model} takes {count} {'step' if count == 1 else 'steps'}{_about(view)}"
+
+
+def _about(view: PlanView) -> str:
+    """The forecast with its spread: `, about 6 s (5 to 9 s)`."""
+    eta = view.get("eta")
+    if not eta or not eta["mid_s"]:
+        return ""
+    low, high = seconds_text(eta["low_s"]), seconds_text(eta["high_s"])
+    return f", about {seconds_text(eta['mid_s'])} ({low} to {high})"

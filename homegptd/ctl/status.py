@@ -200,8 +200,10 @@ def _gpu(gpu: GpuView, models: list[ModelView], style: Style) -> list[str]:
         by = f" by {', '.join(names)}" if names else ""
         reserved = f", {gib(gpu['reserved_mib'])} reserved{by}"
     used = f"{gib(gpu['used_mib'])} of {gib(gpu['total_mib'])} GiB{reserved}"
+    lender = gpu.get("freed_by")
+    lent = f"; freed by {clean(lender)} (homegptctl reclaim)" if lender else ""
     name = "" if gpu["name"] == f"gpu{gpu['index']}" else f"  {clean(gpu['name'])}"
-    text = f"{used}, {gib(gpu['free_mib'])} free{name}"
+    text = f"{used}, {gib(gpu['free_mib'])} free{name}{lent}"
     return _with_picture(f"GPU {gpu['index']}", picture, text, style)
 
 

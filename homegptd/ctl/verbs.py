@@ -19,6 +19,13 @@ VERBS: dict[str, tuple[str, str, str, str]] = {
     "start": ("acts", "MODEL", "--wait --no-wait", "start the engine of a model"),
     "stop": ("acts", "MODEL", "--wait --no-wait --now", "stop the engine of a model"),
     "prove": ("acts", "MODEL", "--wait --no-wait", "prove that a model survives sleep here"),
+    "free": (
+        "acts",
+        "",
+        "--wait --no-wait --now --gpu=",
+        "empty a GPU for a game or a training run",
+    ),
+    "reclaim": ("acts", "", "--wait --no-wait --gpu=", "let a freed GPU serve models again"),
     "plan": ("plan", "MODEL", "", "what a switch would do, and how long it should take"),
     "operation": ("acts", "ID", "--wait --no-wait", "an operation, running or ended"),
     "cancel": ("acts", "ID", "", "give up what an operation has not yet begun"),

@@ -11,8 +11,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mappi
 from contextlib import contextmanager
 
 from homegptd import __version__
-from homegptd.core import plans
-from homegptd.core.model import Act, Awake, ModelId, OperationId, SleepLevel
+from homegptd.core import forecast, plans
+from homegptd.core.durations import Span
+from homegptd.core.model import Act, Awake, Gpu, ModelId, OperationId, SleepLevel
 from homegptd.core.refusals import Reason
 from homegptd.core.story import Line, summary
 from homegptd.runtime.scheduler import Scheduler
@@ -109,10 +110,12 @@ class Desk:
         }
 
     async def plan(self, model: str) -> wire.PlanView:
-        plan = plans.plan_switch(self._scheduler.state, self._known(model))
+        state, known = self._scheduler.state, self._known(model)
+        plan = plans.plan_switch(state, known)
+        eta = forecast.eta(state, known, self._scheduler.loop.time()) if plan.fits else None
         return {
             "model": plan.model,
-            "fits": not plan.lacks,
+            "fits": plan.fits,
             "steps": [
                 {
                     "do": step.do,
@@ -122,8 +125,9 @@ class Desk:
                 }
                 for step in plan.steps
             ],
-            "expected_s": None if plan.lacks else _rounded(plan.expected_s),
-            "sum": list(plan.lacks),
+            "expected_s": _rounded(plan.expected_s) if plan.fits else None,
+            "eta": None if eta is None else _span(eta),
+            "sum": list(plan.sums),
         }
 
     async def logs(self, model: str, *, lines: int) -> wire.LogsView:
@@ -154,6 +158,24 @@ class Desk:
     async def prove(self, caller: Caller, model: str) -> wire.OperationView:
         return self.begin(Act.PROVE, model, by=str(caller))
 
+    async def free(self, caller: Caller, gpu: int | None, *, now: bool) -> wire.OperationView:
+        gpus = self._gpus(gpu)
+        return self._begin(Act.FREE, ModelId(""), by=caller.name, cut=now, gpus=gpus)
+
+    async def reclaim(self, caller: Caller, gpu: int | None) -> wire.OperationView:
+        gpus = self._gpus(gpu)
+        return self._begin(Act.RECLAIM, ModelId(""), by=str(caller), gpus=gpus)
+
+    def _gpus(self, gpu: int | None) -> tuple[Gpu, ...]:
+        """None: all. Raises: Refused("bad-request")."""
+        known = self._scheduler.state.gpus
+        if gpu is None:
+            return ()
+        if gpu not in known:
+            there = ", ".join(map(str, known))
+            raise Refused("bad-request", f"there is no GPU {gpu}; there are {there}")
+        return (Gpu(gpu),)
+
     async def reload(self, caller: Caller) -> wire.OperationView:
         """Done when it returns: what the reload sets in motion is seen in `status`."""
         began = time.time()
@@ -183,11 +205,25 @@ class Desk:
         level: SleepLevel | None = None,
     ) -> wire.OperationView:
         """Begin an operation; its first view. Raises: Refused("unknown-model")."""
-        known = self._known(model)
+        return self._begin(act, self._known(model), by=by, cut=cut, force=force, level=level)
+
+    def _begin(
+        self,
+        act: Act,
+        model: ModelId,
+        *,
+        by: str,
+        cut: bool = False,
+        force: bool = False,
+        level: SleepLevel | None = None,
+        gpus: tuple[Gpu, ...] = (),
+    ) -> wire.OperationView:
         before = self._scheduler.state
         if len(before.operations) >= _MOST:
             raise Refused(Reason.QUEUE_FULL.value, f"{_MOST} operations are under way already")
-        operation = self._scheduler.operate(act, known, by=by, cut=cut, force=force, level=level)
+        operation = self._scheduler.operate(
+            act, model, by=by, cut=cut, force=force, level=level, gpus=gpus
+        )
         progress = Progress(operation, foresee(before, operation))
         self._operations[operation.id] = progress
         self._forget_the_oldest()
@@ -290,6 +326,14 @@ class Desk:
 
     def _wall(self, instant: float) -> float:
         return instant + time.time() - self._scheduler.loop.time()
+
+
+def _span(span: Span) -> wire.SpanView:
+    return {
+        "low_s": round(span.low_s, 2),
+        "mid_s": round(span.mid_s, 2),
+        "high_s": round(span.high_s, 2),
+    }
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from aiohttp import HttpVersion11, web
 
-from homegptd.core.forecast import Outlook
+from homegptd.core.outlook import Outlook
 
 from . import errors
 from .clients import asking

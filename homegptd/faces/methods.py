@@ -15,9 +15,11 @@ from os import getpid
 from typing import Any, Generic, Protocol, TypeVar
 
 from homegptd import __version__
-from homegptd.wire import codes, schema
 from homegptd.wire import control as wire
+from homegptd.wire import schema
 from homegptd.wire.control import Method, Notice
+
+from .openrpc import openrpc
 
 P = TypeVar("P")
 
@@ -62,6 +64,8 @@ class Control(Protocol):
     async def start(self, caller: Caller, model: str) -> wire.OperationView: ...
     async def stop(self, caller: Caller, model: str, *, now: bool) -> wire.OperationView: ...
     async def prove(self, caller: Caller, model: str) -> wire.OperationView: ...
+    async def free(self, caller: Caller, gpu: int | None, *, now: bool) -> wire.OperationView: ...
+    async def reclaim(self, caller: Caller, gpu: int | None) -> wire.OperationView: ...
     async def reload(self, caller: Caller) -> wire.OperationView: ...
 
     async def operation(self, operation_id: int) -> wire.OperationView:
@@ -213,6 +217,17 @@ async def _prove(call: Request, given: wire.ModelParams) -> wire.OperationView:
     return await _ended(call, view, wait=given.get("wait", True))
 
 
+async def _free(call: Request, given: wire.FreeParams) -> wire.OperationView:
+    control, now = call.session.control, given.get("now", False)
+    view = await control.free(call.session.caller, given.get("gpu"), now=now)
+    return await _ended(call, view, wait=given.get("wait", True))
+
+
+async def _reclaim(call: Request, given: wire.ReclaimParams) -> wire.OperationView:
+    view = await call.session.control.reclaim(call.session.caller, given.get("gpu"))
+    return await _ended(call, view, wait=given.get("wait", True))
+
+
 async def _reload(call: Request, given: wire.WaitParams) -> wire.OperationView:
     view = await call.session.control.reload(call.session.caller)
     return await _ended(call, view, wait=given.get("wait", True))
@@ -297,6 +312,14 @@ _ROWS: tuple[Entry[Any], ...] = (
         wire.ModelParams, _OPERATION, _prove, changes=True,
     ),
     Entry(
+        Method.FREE, "empty a GPU for something else than models, until it is reclaimed",
+        wire.FreeParams, _OPERATION, _free, changes=True,
+    ),
+    Entry(
+        Method.RECLAIM, "let a freed GPU serve models again",
+        wire.ReclaimParams, _OPERATION, _reclaim, changes=True,
+    ),
+    Entry(
         Method.RELOAD, "read the configuration again and apply the difference",
         wire.WaitParams, _OPERATION, _reload, changes=True,
     ),
@@ -318,69 +341,3 @@ _ROWS: tuple[Entry[Any], ...] = (
     Entry(Method.DISCOVER, "this document", wire.NoParams, dict[str, object], _discover),
 )  # fmt: skip
 METHODS: Table = {entry.name: entry for entry in _ROWS}
-
-_NOTICES: dict[str, type] = {
-    Notice.PROGRESS: wire.ProgressNotice,
-    Notice.EVENT: wire.EventNotice,
-    Notice.CLOSING: wire.ClosingNotice,
-}
-
-
-# The document
-
-
-def openrpc(table: Table) -> dict[str, object]:
-    """The OpenRPC 1.3 description of a table (https://spec.open-rpc.org)."""
-    records: dict[str, type] = {}
-    methods = [_method_object(entry, records) for entry in table.values()]
-    notices = [_notice_object(name, record, records) for name, record in _NOTICES.items()]
-    return {
-        "openrpc": "1.3.2",
-        "info": {
-            "title": "homeGPT control socket",
-            "version": __version__,
-            "description": "JSON-RPC 2.0, one message per line, over a Unix socket",
-        },
-        "methods": methods,
-        "x-notifications": notices,
-        "components": {"schemas": _all_schemas(records), "errors": _errors()},
-    }
-
-
-def _method_object(entry: Entry[Any], records: dict[str, type]) -> dict[str, object]:
-    return {
-        "name": str(entry.name),
-        "summary": entry.summary,
-        "paramStructure": "either",
-        "params": [_param_object(key, records) for key in schema.fields(entry.params)],
-        "result": {"name": "result", "schema": schema.schema(entry.result, records)},
-        "errors": [{"$ref": f"#/components/errors/{word}"} for word in codes.TABLE],
-        "x-changes": entry.changes,
-    }
-
-
-def _notice_object(name: str, record: type, records: dict[str, type]) -> dict[str, object]:
-    return {
-        "name": str(name),
-        "summary": (record.__doc__ or "").strip(),
-        "params": [_param_object(key, records) for key in schema.fields(record)],
-    }
-
-
-def _param_object(key: schema.Field, records: dict[str, type]) -> dict[str, object]:
-    shown: dict[str, object] = {"name": key.name, "required": key.required}
-    if key.doc:
-        shown["description"] = key.doc
-    return shown | {"schema": schema.schema(key.type, records)}
-
-
-def _all_schemas(records: Mapping[str, type]) -> dict[str, object]:
-    return {name: schema.record_schema(records[name], {}) for name in sorted(records)}
-
-
-def _errors() -> dict[str, object]:
-    return {word: _error(word, row) for word, row in codes.TABLE.items()}
-
-
-def _error(word: str, row: codes.Row) -> dict[str, object]:
-    return {"code": row.rpc, "message": word.replace("-", " "), "data": {"reason": word}}

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from homegptd.core import plans
+from homegptd.core import durations, freeing, ledger, plans
+from homegptd.core.levels import resting_level
 from homegptd.core.model import (
     Act,
     Asleep,
@@ -15,6 +16,7 @@ from homegptd.core.model import (
     ModelId,
     Operation,
     Proving,
+    SleepLevel,
     Starting,
     State,
     Stopping,
@@ -114,7 +116,7 @@ class Progress:
         return {
             "id": self.operation.id,
             "kind": self.operation.act.value,
-            "model": self.operation.model,
+            "model": self.operation.model or None,
             "by": self.operation.by,
             "since": self.operation.since + wall,
             "state": self._state(),
@@ -145,10 +147,16 @@ class Progress:
 
 def foresee(state: State, operation: Operation) -> list[_Step]:
     """The steps the operation will probably take, from where the box stands now."""
+    if operation.act is Act.FREE:
+        return [
+            step for engine in state.engines.values() for step in _going(state, engine, operation)
+        ]
     engine = state.engines.get(operation.model)
     if engine is None:
         return []
     match operation.act:
+        case Act.RECLAIM | Act.FREE:
+            return []
         case Act.SWITCH | Act.WAKE | Act.START:
             plan = plans.plan_switch(state, operation.model)
             steps = [_Step(step.do, step.model, step.expected_s) for step in plan.steps]
@@ -156,9 +164,23 @@ def foresee(state: State, operation: Operation) -> list[_Step]:
         case Act.SLEEP:
             return [*_drain(engine), _sleep(engine)]
         case Act.STOP:
-            return [*_drain(engine), _Step("stop", operation.model, plans.takes(engine, "stop"))]
+            return [
+                *_drain(engine),
+                _Step("stop", operation.model, durations.takes(engine, "stop")),
+            ]
         case Act.PROVE:
             return [_Step("prove", operation.model, None)]
+
+
+def _going(state: State, engine: Engine, operation: Operation) -> list[_Step]:
+    """The steps of an engine on a GPU that is freed."""
+    gpus = operation.gpus or tuple(state.gpus)
+    if not freeing.on(engine, gpus) or isinstance(engine.phase, Down | Asleep):
+        return []
+    level = resting_level(state.engines, engine.spec.model, state.policy, ledger.budget(state))
+    stop_s = durations.takes(engine, "stop")
+    last = _Step("stop", engine.spec.model, stop_s) if level is None else _sleep(engine)
+    return [*_drain(engine), last]
 
 
 def _drain(engine: Engine) -> list[_Step]:
@@ -166,5 +188,5 @@ def _drain(engine: Engine) -> list[_Step]:
 
 
 def _sleep(engine: Engine) -> _Step:
-    level = engine.spec.level or 1
-    return _Step("sleep", engine.spec.model, plans.takes(engine, f"sleep-{level}"))
+    act = durations.to_sleep(engine, engine.spec.level or SleepLevel.ONE)
+    return _Step("sleep", engine.spec.model, durations.takes(engine, act))

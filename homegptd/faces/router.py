@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from aiohttp import web
 
-from homegptd.core import forecast
+from homegptd.core import outlook as outlooks
 from homegptd.core.model import Awake, Draining, ModelId, State
 from homegptd.core.refusals import Reason
 from homegptd.runtime.scheduler import Refused, Scheduler
@@ -99,10 +99,10 @@ class Router:
         self.accounts = accounts or Accounts()
         self.pool = Pool()
         settings.bodies.again_s = self._room_s
-        self._foreseen: dict[ModelId, tuple[State, float, forecast.Outlook]] = {}
+        self._foreseen: dict[ModelId, tuple[State, float, outlooks.Outlook]] = {}
 
     def _room_s(self) -> float:
-        return forecast.room_s(self._scheduler.state, self._scheduler.loop.time())
+        return outlooks.room_s(self._scheduler.state, self._scheduler.loop.time())
 
     async def answer(self, request: web.BaseRequest, route: Route) -> web.StreamResponse:
         """The whole life of one request. Errors are answers here."""
@@ -320,13 +320,13 @@ class Router:
             loop=self._scheduler.loop,
         )
 
-    def _outlook(self, model: ModelId) -> forecast.Outlook:
+    def _outlook(self, model: ModelId) -> outlooks.Outlook:
         """Worked out for all who wait for the model, anew every second and with each change."""
         state, now = self._scheduler.state, self._scheduler.loop.time()
         foreseen = self._foreseen.get(model)
         if foreseen is not None and foreseen[0] is state and now - foreseen[1] < _FORESEEN_S:
             return foreseen[2]
-        outlook = forecast.outlook(state, model, now)
+        outlook = outlooks.outlook(state, model, now)
         self._foreseen[model] = state, now, outlook
         return outlook
 

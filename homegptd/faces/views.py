@@ -5,7 +5,7 @@ Instants in a snapshot are loop time; `wall` turns them into Unix seconds.
 
 from collections.abc import Callable, Iterable, Mapping
 
-from homegptd.core import drains, ledger
+from homegptd.core import drains, freeing, ledger
 from homegptd.core.draft import in_flight
 from homegptd.core.invariants import held
 from homegptd.core.model import (
@@ -138,6 +138,7 @@ def gpus_view(state: State) -> list[wire.GpuView]:
                 "used_mib": settled,
                 "reserved_mib": reserved,
                 "free_mib": total - settled - reserved,
+                "freed_by": state.freed[gpu].by if gpu in state.freed else None,
             }
         )
     return views
@@ -158,7 +159,9 @@ def daemon_phase(state: State) -> wire.DaemonPhase:
 def can_serve(state: State) -> bool:
     """Whether some model is up, or could be brought up by a request."""
     return any(
-        engine.enabled and not (isinstance(engine.phase, Down | Asleep) and _failure(engine))
+        engine.enabled
+        and not freeing.is_freed(state, engine)
+        and not (isinstance(engine.phase, Down | Asleep) and _failure(engine))
         for engine in state.engines.values()
     )
 
@@ -174,6 +177,9 @@ def why(state: State, engine: Engine) -> str:
 
 def _why(state: State, engine: Engine) -> str:
     running = len(held(engine))
+    freed = next((gpu for gpu in engine.spec.gpus if gpu in state.freed), None)
+    if freed is not None and not in_flight(engine.phase) and not running:
+        return f"gpu{freed} is freed by {state.freed[freed].by}"
     match engine.phase:
         case Down(failure=None) | Asleep() if engine.no_room is not None:
             return engine.no_room.message
@@ -232,11 +238,15 @@ def _until(state: State, engine: Engine) -> float | None:
             return at
         case Draining(leases=leases) as phase:
             return drains.deadline(state, engine, phase) if leases else None
-        case Asleep(frozen_until=until):
+        case Asleep(frozen_until=float() as until):
             return until
+        case Asleep() if engine.spec.stop_after_s is not None and not engine.spec.pinned:
+            return max(engine.last_used, engine.up_since) + engine.spec.stop_after_s
         case Awake(held_until=until, idle_since=idle):
-            if engine.spec.sleep_after_s is not None and idle is not None:
-                return idle + engine.spec.sleep_after_s
+            spec = engine.spec
+            rests = [s for s in (spec.sleep_after_s, spec.stop_after_s) if s is not None]
+            if rests and idle is not None and not spec.pinned:
+                return idle + min(rests)
             return until
         case _:
             return None

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import TypeVar, assert_never
 
+from homegptd.core import durations
 from homegptd.core.commands import Order, Probe, Prove, Sleep, Start, Stop, Wake, Watch
 from homegptd.core.events import (
     EngineDied,
@@ -126,7 +127,7 @@ class Orders:
                 act = f"wake-{command.level}"
                 return self._timed(act, command.model, self._wake(command))
             case Sleep():
-                act = f"sleep-{command.level}"
+                act = "first-sleep" if command.first else f"sleep-{command.level}"
                 return self._timed(act, command.model, self._sleep(command))
             case Stop():
                 return self._timed("stop", command.model, self._stop(command, before))
@@ -160,8 +161,8 @@ class Orders:
         """Sleeps and wakes that this box has timed get ten times as long; others what the adapter
         allows, which has to suit the slowest box."""
         engine = self._state().engines.get(model)
-        usual = engine.timings.get(act) if engine else None
-        if usual is None or not act.startswith(("sleep", "wake")):
+        usual = durations.known(engine, act) if engine else None
+        if usual is None or act in ("start", "stop"):
             return None
         return max(self._limits.least_s, 10 * usual)
 

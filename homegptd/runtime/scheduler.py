@@ -28,6 +28,7 @@ from homegptd.core.machine import step
 from homegptd.core.model import (
     Act,
     Ended,
+    Gpu,
     ModelId,
     Operation,
     OperationId,
@@ -323,6 +324,7 @@ class Scheduler:
         cut: bool = False,
         force: bool = False,
         level: SleepLevel | None = None,
+        gpus: tuple[Gpu, ...] = (),
     ) -> Operation:
         """Begin an operation. It may have ended already when this returns: see `ended`."""
         operation = Operation(
@@ -334,6 +336,7 @@ class Scheduler:
             cut=cut,
             force=force,
             level=level,
+            gpus=gpus,
         )
         self.post(OperationAsked(operation))
         return operation

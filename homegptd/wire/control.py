@@ -37,6 +37,8 @@ class Method(StrEnum):
     START = "start"
     STOP = "stop"
     PROVE = "prove"
+    FREE = "free"
+    RECLAIM = "reclaim"
     RELOAD = "reload"
     OPERATION = "operation"
     CANCEL = "cancel"
@@ -98,6 +100,24 @@ class SleepParams(TypedDict):
     level: NotRequired[
         Annotated[Level | None, "1 keeps weights in RAM, 2 drops them", Default(None)]
     ]
+
+
+Gpu: TypeAlias = Annotated[int | None, "index of a GPU; without it all of them", Default(None)]
+
+
+class FreeParams(TypedDict):
+    """A GPU, whether to wait, and whether running answers there may be cut."""
+
+    gpu: NotRequired[Gpu]
+    wait: NotRequired[Wait]
+    now: NotRequired[Now]
+
+
+class ReclaimParams(TypedDict):
+    """A GPU, and whether to wait."""
+
+    gpu: NotRequired[Gpu]
+    wait: NotRequired[Wait]
 
 
 class WaitParams(TypedDict):
@@ -202,6 +222,7 @@ class GpuView(TypedDict):
     used_mib: int
     reserved_mib: int
     free_mib: int
+    freed_by: Annotated[str | None, "who lent it to something else than models"]
 
 
 class HostView(TypedDict):
@@ -284,13 +305,22 @@ class PlanStepView(TypedDict):
     why: str
 
 
+class SpanView(TypedDict):
+    """A forecast: one in ten is shorter than `low_s`, one in ten longer than `high_s`."""
+
+    low_s: float
+    mid_s: float
+    high_s: float
+
+
 class PlanView(TypedDict):
     """What a switch to `model` would do now; `sum` is the memory sum, line by line."""
 
     model: str
     fits: bool
     steps: list[PlanStepView]
-    expected_s: float | None
+    expected_s: Annotated[float | None, "of all steps; null where answers have to end first"]
+    eta: Annotated[SpanView | None, "until it is awake, answers and orders in flight counted"]
     sum: list[str]
 
 

@@ -39,6 +39,8 @@ def fill(store: Store) -> None:
     store.remember_proof(A, "image@2", Proof.RELOAD, holds=True, detail="equal")
     store.remember_duration(A, "wake", 3.5)
     store.remember_duration(A, "wake", 3.25)
+    store.remember_note("freed", "{}")
+    store.remember_note("freed", '{"0": {}}')
 
 
 def assert_filled(store: Store) -> None:
@@ -48,6 +50,8 @@ def assert_filled(store: Store) -> None:
     assert store.proofs(A, "image@2") == {Proof.FREEZE: False, Proof.RELOAD: True}
     assert store.proofs(B, "image@1") == {}
     assert store.durations() == {(A, "wake"): (3.5, 3.25)}
+    assert store.note("freed") == '{"0": {}}'
+    assert store.note("wanted") is None
 
 
 def test_everything_survives_a_restart(path: Path) -> None:
@@ -138,7 +142,7 @@ def test_an_older_schema_is_migrated(path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("homegptd.adapters.store.MIGRATIONS", more)
     assert_filled(reopened(path))
     with sqlite3.connect(path) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (2,)
+        assert db.execute("PRAGMA user_version").fetchone() == (len(more),)
         db.execute("SELECT tokens FROM durations")
     db.close()
 
@@ -207,6 +211,8 @@ def assert_filled_in_part(store: Store) -> None:
     assert store.canary(A, "image@1") == "once upon a time"
     assert store.canary(B, "image@1") == (0.5, 0.25)
     assert store.durations() == {(A, "wake"): (3.5, 3.25)}
+    assert store.note("freed") == '{"0": {}}'
+    assert store.note("wanted") is None
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")

@@ -521,6 +521,58 @@ def test_actives_that_do_not_fit_together_see_their_sum() -> None:
     ]
 
 
+def test_what_can_never_be_awake_beside_what_is_pinned_sees_its_sum() -> None:
+    assert problems("""\
+        gpus: [{memory_mib: 98304}, {memory_mib: 98304}]
+        models:
+          - {id: c, gpu_memory_gb: 38, startup_mode: active, pinned: true}
+          - {id: small, gpu_memory_gb: 58}
+          - {id: later, gpu_memory_gb: 90, gpus: 1, pinned: true}
+          - {id: other, gpu_memory_gb: 90, gpus: 1}
+          - id: big
+            gpu_memory_gb: 120
+            gpus: [0, 1]
+        """) == [
+        "8: models[big].gpu_memory_gb: can never be awake: needs 60.0 GB on gpu0;"
+        " 96.0 total - 38.0 pinned c = 58.0"
+    ]
+
+
+def test_ram_that_suffices_for_no_engine_sees_its_sum() -> None:
+    assert problems("""\
+        switching: {available_ram_gb: 6}
+        models:
+          - {id: a, gpu_memory_gb: 38, startup_mode: active, pinned: true}
+          - {id: b, gpu_memory_gb: 20}
+        """) == [
+        "1: switching.available_ram_gb: b can never run: needs 4.0 GB of host RAM;"
+        " 6.0 total - 4.0 process of a = 2.0"
+    ]
+    enough = config("{switching: {available_ram_gb: 4}, models: [{id: a, gpu_memory_gb: 1}]}")
+    assert enough.available_ram_gb == 4
+
+
+def test_a_default_that_returns_cannot_rest_for_idleness_too() -> None:
+    assert problems("""\
+        router: {return_to_default_s: 600}
+        models:
+          - id: a
+            gpu_memory_gb: 38
+            startup_mode: active
+            idle: {sleep_after_s: 60}
+        """) == [
+        "6: models[a].idle: router.return_to_default_s wakes this model when nobody wants"
+        " anything; it cannot rest for idleness too"
+    ]
+    assert problems("""\
+        router: {return_to_default_s: 600}
+        models: [{id: a, gpu_memory_gb: 38}]
+        """) == [
+        "1: router.return_to_default_s: there is no default model to return to; give default,"
+        " or start one active"
+    ]
+
+
 def test_foreign_text_cannot_break_a_message_into_lines() -> None:
     heard = problems(MODELS + '"a\\nb\\e[31m' + "x" * 100 + '": 1')
     assert len(heard) == 1

@@ -309,7 +309,7 @@ def test_any_two_operations_on_one_model_both_end(first: Act, second: Act) -> No
     assert run.state.operations == ()
 
 
-@pytest.mark.parametrize("act", list(Act))
+@pytest.mark.parametrize("act", [act for act in Act if not act.of_gpus])
 def test_an_operation_on_an_unknown_model_is_refused(act: Act) -> None:
     assert ended(Run(box(a=awake())).ask(act, "zip")) is Reason.UNKNOWN_MODEL
 

@@ -163,3 +163,25 @@ async def test_a_model_has_a_door_of_its_own(box: Box) -> None:
                 assert response.status == 404
             async with session.post("/switch", json={"model_id": "a"}) as response:
                 assert response.status == 404
+
+
+def test_a_freed_card_stays_empty_over_a_crash_and_is_given_back(box: Box) -> None:
+    two(box)
+    with box.daemon() as daemon:
+        daemon.ready()
+        done = box.ctl("free", "--gpu", "0")
+        assert "gpu0 is free: 77.8 of 80.0 GB" in done.stdout, done.stderr
+        daemon.sweep = False
+        daemon.kill()
+    with box.daemon() as daemon:
+        daemon.ready()
+        status = box.status()
+        assert status["gpus"][0]["freed_by"]
+        assert {model["status"] for model in status["models"]} == {"sleeping"}
+        refused = box.ctl("switch", "b")
+        assert refused.returncode == 4
+        assert "homegptctl reclaim --gpu 0" in refused.stderr
+        assert box.ctl("plan", "b").returncode == 4
+        assert "a wakes" in box.ctl("reclaim").stdout
+        daemon.status_line("a awake")
+        assert box.ctl("switch", "b").returncode == 0

@@ -57,7 +57,7 @@ class SmallBox:
             "models": [self._model("chat", now), self._model("coder", now)],
             "queue": [{"model": "coder", "waiting": 2, "since": now - 5}],
             "gpus": [{"index": 0, "name": "Toy 80", "total_mib": 81920, "used_mib": 58368,
-                      "reserved_mib": 4096, "free_mib": 19456}],
+                      "reserved_mib": 4096, "free_mib": 19456, "freed_by": None}],
             "host": {"total_mib": 131072, "used_mib": 20000}, "operations": running,
         }  # fmt: skip
 
@@ -148,6 +148,12 @@ class SmallBox:
     async def prove(self, caller: Caller, model: str) -> wire.OperationView:
         raise RuntimeError("a bug")
 
+    async def free(self, caller: Caller, gpu: int | None, *, now: bool) -> wire.OperationView:
+        return self._begin("free", caller, None, "sleep")
+
+    async def reclaim(self, caller: Caller, gpu: int | None) -> wire.OperationView:
+        return self._begin("reclaim", caller, None, "wake")
+
     async def reload(self, caller: Caller) -> wire.OperationView:
         return self._begin("reload", caller, None, "read")
 
@@ -164,6 +170,7 @@ class SmallBox:
     async def plan(self, model: str) -> wire.PlanView:
         return {
             "model": self._known(model), "fits": True, "expected_s": 4.5,
+            "eta": {"low_s": 4.0, "mid_s": 4.5, "high_s": 6.0},
             "steps": [{"do": "sleep", "model": "chat", "expected_s": 1.5, "why": "makes room"},
                       {"do": "wake", "model": "coder", "expected_s": 3.0, "why": "asked for"}],
             "sum": ["GPU 0: 57.0 of 80.0 GiB after the switch"],

@@ -60,6 +60,7 @@ policies = st.builds(
     max_answer_s=st.sampled_from([20.0, 60.0]),
     freeze_max_s=st.sampled_from([10.0, 60.0]),
     max_waiting=st.sampled_from([3, 100]),
+    return_to_default_s=st.none() | st.just(15.0),
 )
 
 
@@ -80,6 +81,7 @@ def specs(draw: st.DrawFn, name: ModelId, gpus: int) -> EngineSpec:
         priority=draw(st.integers(-1, 1)),
         auto_switch=draw(st.integers(0, 7)) != 0,
         sleep_after_s=draw(st.none() | st.sampled_from([0.0, 20.0])),
+        stop_after_s=draw(st.none() | st.none() | st.just(40.0)),
         fingerprint=draw(st.sampled_from("xy")),
     )
 
@@ -195,10 +197,15 @@ class Machine(RuleBasedStateMachine):
         level=st.sampled_from([None, None, ONE, TWO]),
     )
     def an_operator_asks(self, data, act, cut, force, level) -> None:
-        model = self.one_of_the_models(data)
+        model = ModelId("") if act.of_gpus else self.one_of_the_models(data)
+        gpus: tuple[Gpu, ...] = ()
+        if act.of_gpus and data.draw(st.booleans()):
+            gpus = (Gpu(data.draw(st.integers(0, len(self.gpus) - 1))),)
         self.asked += 1
         number, at = OperationId(self.asked), self.box.now
-        asked = Operation(number, act, model, "root", at, cut=cut, force=force, level=level)
+        asked = Operation(
+            number, act, model, "root", at, cut=cut, force=force, level=level, gpus=gpus
+        )
         self.box.feed(OperationAsked(asked))
 
     @precondition(lambda self: self.box.operations)

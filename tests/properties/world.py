@@ -232,6 +232,8 @@ class Box:
             assert not others, f"{command} while {others}"
             self._gpus_are_free(command)
         assert command.order not in self.orders
+        if isinstance(command, Start | Wake | Prove):
+            self._gpu_is_not_freed(command)
         if isinstance(command, Sleep | Stop):
             self._no_answer_is_hurt(command, before)
         self.orders[command.order] = command
@@ -244,6 +246,14 @@ class Box:
             engine = self.state.engines.get(other.model)
             if engine is not None and not isinstance(other, Stop):
                 assert gpus.isdisjoint(engine.spec.gpus), f"{command} while {other}"
+
+    def _gpu_is_not_freed(self, command: Start | Wake | Prove) -> None:
+        """Only what runs already is adopted there, and what is frozen wakes to end."""
+        spec = self.state.engines[command.model].spec
+        adopts = isinstance(command, Start) and command.model in self.physics.mute
+        thaws = isinstance(command, Wake) and command.frozen
+        freed = not self.state.freed.keys().isdisjoint(spec.gpus)
+        assert not freed or adopts or thaws, f"{command} on a freed GPU"
 
     def _no_answer_is_hurt(self, command: Sleep | Stop, before: State) -> None:
         """Open answers of this engine were frozen when due, or cut honestly, or it had failed."""

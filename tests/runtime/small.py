@@ -148,6 +148,7 @@ class SmallStore:
         self.known: dict[tuple[ModelId, str, Proof], tuple[bool, str]] = {}
         self.took: list[tuple[ModelId, str, float]] = []
         self.canaries: dict[tuple[ModelId, str], str] = {}
+        self.notes: dict[str, str] = {}
 
     def canary(self, model: ModelId, key: str) -> str | None:
         return self.canaries.get((model, key))
@@ -162,6 +163,12 @@ class SmallStore:
         self, model: ModelId, key: str, proof: Proof, *, holds: bool, detail: str
     ) -> None:
         self.known[model, key, proof] = (holds, detail)
+
+    def note(self, name: str) -> str | None:
+        return self.notes.get(name)
+
+    def remember_note(self, name: str, text: str) -> None:
+        self.notes[name] = text
 
     def durations(self) -> Mapping[tuple[ModelId, str], Sequence[float]]:
         return {}

@@ -149,7 +149,7 @@ class Story:
             case "status", _:
                 yield summary(self.state)
             case _ if verb in {act.value for act in Act}:
-                yield from self.ask(Act(verb), ModelId(names[0]), given)
+                yield from self.ask(Act(verb), ModelId(names[0] if names else ""), given)
             case _:
                 raise ValueError(f"no such command: {verb} {names}")
 
@@ -170,6 +170,8 @@ class Story:
             startup=Startup(given.get("startup", "sleep")),
             level=SleepLevel(int(level)) if level else None,
             pinned="pinned" in given,
+            sleep_after_s=float(given["sleep_after"]) if "sleep_after" in given else None,
+            stop_after_s=float(given["stop_after"]) if "stop_after" in given else None,
             fingerprint=given.get("image", ""),
         )
         self.specs = [*(s for s in self.specs if s.model != name), spec]
@@ -208,6 +210,7 @@ class Story:
             cut="--now" in given,
             force="--force" in given,
             level=level,
+            gpus=tuple(Gpu(int(n)) for n in given.get("gpu", "").split(",") if n),
         )
         return self.feed(OperationAsked(asked))
 

@@ -478,6 +478,7 @@ class Store:
     known: dict[tuple[ModelId, str], dict[Proof, bool]] = field(default_factory=dict)
     took: dict[tuple[ModelId, str], list[float]] = field(default_factory=dict)
     canaries: dict[tuple[ModelId, str], str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     def canary(self, model: ModelId, key: str) -> str | None:
         return self.canaries.get((model, key))
@@ -492,6 +493,12 @@ class Store:
         self, model: ModelId, key: str, proof: Proof, *, holds: bool, detail: str
     ) -> None:
         self.known.setdefault((model, key), {})[proof] = holds
+
+    def note(self, name: str) -> str | None:
+        return self.notes.get(name)
+
+    def remember_note(self, name: str, text: str) -> None:
+        self.notes[name] = text
 
     def durations(self) -> Mapping[tuple[ModelId, str], Sequence[float]]:
         return self.took

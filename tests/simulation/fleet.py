@@ -149,6 +149,7 @@ def _sized(
         on_deadline=rng.choice((None, None, None, *OnDeadline)),
         drain_s=rng.choice((None, None, 3.0, 40.0)),
         sleep_after_s=rng.choice((None, None, None, 300.0)),
+        stop_after_s=rng.choice((None, None, None, 3600.0)),
         fingerprint=f"{name}-1",
     )
     both = frozenset(SleepLevel)
@@ -215,4 +216,5 @@ def _policy(rng: Random, models: list[Model], *, calm: bool) -> Policy:
         max_waiting=rng.choice((8, 64, 256)),
         max_wait_s=36000.0 if calm else rng.choice((60.0, 300.0, 900.0)),
         prove_after_s=rng.choice((10.0, 30.0, 120.0)),
+        return_to_default_s=rng.choice((None, None, 600.0)),
     )

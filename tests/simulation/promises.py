@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from statistics import median
 
 from homegptd.core import ledger
 from homegptd.core.commands import Command, Cut, Finish, Grant, Refuse, Sleep, Start, Wake
@@ -360,7 +361,8 @@ def wait_bound_s(state: State) -> float:
     """
     policy, total = state.policy, 0.0
     for engine in state.engines.values():
-        timings = {**_SLOW, **engine.timings}
+        took = {act: median(all_of) for act, all_of in engine.took.items() if act != "drain"}
+        timings = {**_SLOW, **took}
         cost = timings["wake-1"] + timings["sleep-1"]
         derived = cost * (1 - policy.switch_share) / policy.switch_share
         patience = derived if policy.patience_s is None else policy.patience_s

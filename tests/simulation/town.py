@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from random import Random
-from statistics import median
 
 from homegptd.core.draft import in_flight
 from homegptd.core.events import ConfigChanged, ShutdownAsked
@@ -27,6 +26,7 @@ from homegptd.core.model import (
 from homegptd.core.story import Line, summary
 from homegptd.runtime.bootstrap import observe
 from homegptd.runtime.heartbeat import Heartbeat
+from homegptd.runtime.keeper import Keeper, recall
 from homegptd.runtime.orders import Limits, Orders
 from homegptd.sim.physics import Box
 from tests.runtime.jumping import run
@@ -211,7 +211,9 @@ class Town:
         self.machines.mood = Mood()
         for process in self.machines.living():
             process.calm_down()
-        state = (await self._door()).state
+        door = await self._door()
+        door.operate(Act.RECLAIM, ModelId(""), by="ops")
+        state = door.state
         await asyncio.sleep(4 * wait_bound_s(state) + 4 * START_LIMIT_S)
         state = self.scheduler.state
         if self.clients.open:
@@ -258,7 +260,12 @@ class Town:
         notes = Notes()
         async with scheduler.running():
             heart = Heartbeat(notes, lambda: scheduler.state, summary)
-            with scheduler.watched(self._lines), scheduler.watched(heart.tell):
+            keeper = Keeper(self.store, state)
+            with (
+                scheduler.watched(lambda lines: keeper.tell(scheduler.state, lines)),
+                scheduler.watched(self._lines),
+                scheduler.watched(heart.tell),
+            ):
                 self._up.set()
                 scheduler.post(
                     await observe(Units(self.machines), Engines(self.machines), orders.identify)
@@ -292,14 +299,13 @@ class Town:
         state = initial(
             self._specs(), self.fleet.policy, dict(self.fleet.gpus), self.fleet.host_mib
         )
-        timings: dict[ModelId, dict[str, float]] = {}
+        took: dict[ModelId, dict[str, tuple[float, ...]]] = {}
         for (model, act), seconds in self.store.durations().items():
-            timings.setdefault(model, {})[act] = median(seconds)
+            took.setdefault(model, {})[act] = tuple(seconds)
         engines = {
-            name: replace(engine, timings=timings.get(name, {}))
-            for name, engine in state.engines.items()
+            name: replace(engine, took=took.get(name, {})) for name, engine in state.engines.items()
         }
-        return replace(state, engines=engines)
+        return recall(self.store, replace(state, engines=engines))
 
     def _specs(self) -> tuple[EngineSpec, ...]:
         return tuple(model.spec for model in self.models.values())
@@ -334,10 +340,14 @@ class Town:
                 cut=rng.random() < 0.2,
                 force=rng.random() < 0.2,
                 level=rng.choice((None, None, None, *SleepLevel)),
+                gpus=rng.choice(((), (rng.choice(sorted(self.fleet.gpus)),))),
             )
             if rng.random() < 0.2:
                 await asyncio.sleep(rng.expovariate(1 / 5.0))
                 scheduler.cancel(OperationId(operation.id))
+            if operation.act is Act.FREE:
+                await asyncio.sleep(rng.expovariate(1 / 300.0))
+                (await self._door()).operate(Act.RECLAIM, ModelId(""), by="ops")
 
     async def _restarts(self, every_s: float) -> None:
         rng = self._rng("restarts")

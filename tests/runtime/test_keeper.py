@@ -1,0 +1,56 @@
+"""What the machine learns by itself is there again in the next life."""
+
+from dataclasses import replace
+
+import pytest
+
+from homegptd.core.events import OperationAsked, TicketClosed
+from homegptd.core.likely import KEPT
+from homegptd.core.model import Act, Gpu, Lent, ModelId, Operation, OperationId, Policy, TicketId
+from homegptd.runtime.keeper import FREED, WANTED, Keeper, recall
+from tests.core.builders import Run, asleep, awake, box
+from tests.runtime.small import SmallStore
+
+A, B = ModelId("a"), ModelId("b")
+
+
+def test_a_freed_gpu_stays_freed_over_a_restart() -> None:
+    run, store = Run(box(a=awake(), b=asleep())), SmallStore()
+    keeper = Keeper(store, run.state)
+    asked = Operation(OperationId(1), Act.FREE, ModelId(""), "root", run.now)
+    run(OperationAsked(asked))
+    keeper.tell(run.state, ())
+    again = recall(store, box(a=awake(), b=asleep()))
+    assert again.freed == {Gpu(0): Lent("root", (A,))}
+    run(OperationAsked(replace(asked, id=OperationId(2), act=Act.RECLAIM)))
+    keeper.tell(run.state, ())
+    assert recall(store, box(a=awake(), b=asleep())).freed == {}
+
+
+def test_drains_and_the_last_wakes_are_remembered() -> None:
+    policy = Policy(patience_s=0.0, residency_s=0.0)
+    run, store = Run(box(policy, a=awake(1), b=asleep())), SmallStore()
+    keeper = Keeper(store, run.state)
+    run.request(2, "b")
+    run(TicketClosed(TicketId(1)), after=3.0)
+    run.done("a")
+    run.done("b")
+    keeper.tell(run.state, ())
+    keeper.tell(run.state, ())
+    assert store.took == [(A, "drain", 3.0)]
+    assert recall(store, box(a=awake(), b=asleep())).wanted == (B,)
+
+
+@pytest.mark.parametrize("note", ["", "nonsense", "[]", "{}", "3", '{"x": 1, "9": {}, "0": 3}'])
+def test_a_note_that_cannot_be_read_says_nothing(note: str) -> None:
+    store = SmallStore()
+    store.remember_note(FREED, note)
+    store.remember_note(WANTED, note)
+    state = recall(store, box(a=awake()))
+    assert (dict(state.freed), state.wanted) == ({}, ())
+
+
+def test_no_more_wakes_are_remembered_than_count() -> None:
+    store = SmallStore()
+    store.remember_note(WANTED, "[" + ", ".join(['"a"'] * 500) + "]")
+    assert len(recall(store, box(a=awake())).wanted) == KEPT
