@@ -240,17 +240,15 @@ class Router:
             body = adjust.adjusted(body, adjustment)
         if wish.model is None or self._models.find(wish.model) is None:
             body = openai.with_model(body, model)
-        task = not (wish.stream or self._settings.tasks_switch) and is_task(body)
-        wanted = self._request(
-            route, model, Ask(route.path, _passed_on(request), body, route.shape)
-        )
+        ask = Ask(route.path, _passed_on(request), body, route.shape)
         if route.stores:
-            learn = partial(self._learn, model)
-            wanted = replace(wanted, ask=replace(wanted.ask, learn=learn), again=not wish.stores)
-        if task:
+            ask = replace(ask, learn=partial(self._learn, model))
+        stream = wish.stream and route.streams
+        again = not route.once and not (route.stores and wish.stores)
+        if not stream and not self._settings.tasks_switch and is_task(body):
             text = "it is a background task (router.background_tasks)"
-            wanted = replace(wanted, unasked=text, grace_s=self._settings.task_grace_s)
-        return replace(wanted, stream=wish.stream and route.streams)
+            return _Request(model, stream, ask, again, text, self._settings.task_grace_s)
+        return _Request(model, stream, ask, again, _unasked(route))
 
     async def _read_form(self, request: web.BaseRequest, route: Route) -> _Request:
         if request.content_type != "multipart/form-data":
@@ -265,23 +263,18 @@ class Router:
         if form.model is None or self._models.find(form.model) is None:
             body = multipart.with_model(body, form, model)
         ask = Ask(route.path, _passed_on(request), body, route.shape)
-        return replace(self._request(route, model, ask), stream=form.stream)
+        return _Request(model, form.stream, ask, not route.once, _unasked(route))
 
     def _read_stored(self, request: web.BaseRequest, route: Route) -> _Request:
         path = request.raw_path.partition("?")[0]
-        found = route.pattern.fullmatch(path) if route.pattern is not None else None
-        ident = found[1] if found else ""
+        ident = route.ident(path) or ""
         model = self._stored.find(ident, self._scheduler.state.engines)
         if model is None or self._models.find(model) is None:
             text = f'there is no response "{ident}": its engine has ended, or never gave it'
             raise Denied(Problem(404, "not_found", text, param="response_id"))
         query, stream = _stream_query(request) if route.method == "GET" else ("", False)
         ask = Ask(path + query, _passed_on(request), b"", route.shape, method=route.method)
-        return replace(self._request(route, model, ask), stream=stream)
-
-    def _request(self, route: Route, model: ModelId, ask: Ask) -> _Request:
-        unasked = "" if route.wakes else f"{route.method} {route.path} wakes no model"
-        return _Request(model, False, ask, again=not route.once, unasked=unasked)
+        return _Request(model, stream, ask, not route.once, _unasked(route))
 
     def _learn(self, model: ModelId, data: bytes) -> None:
         self._stored.learn(data, model, self._scheduler.state.engines[model].incarnation)
@@ -310,6 +303,10 @@ class Router:
         if model is None:
             raise Denied(errors.refused(self._models.unknown(name)))
         return model
+
+
+def _unasked(route: Route) -> str:
+    return "" if route.wakes else f"{route.method} {route.path} wakes no model"
 
 
 def _wrong_kind(kind: str, wanted: str) -> Denied:
