@@ -243,7 +243,7 @@ def _to_stored(router: Router, routes: list[Route]) -> Handler:
 
     async def handler(request: web.BaseRequest, rest: str) -> web.StreamResponse:
         path = request.raw_path.partition("?")[0]
-        here = [route for route in routes if route.pattern and route.pattern.fullmatch(path)]
+        here = [route for route in routes if route.ident(path)]
         if not here:
             raise Denied(_not_there(path))
         for route in here:

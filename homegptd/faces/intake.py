@@ -116,8 +116,7 @@ class Intake:
 
     def _read_stored(self, request: web.BaseRequest, route: Route) -> Wanted:
         path = request.raw_path.partition("?")[0]
-        found = route.pattern.fullmatch(path) if route.pattern is not None else None
-        ident = found[1] if found else ""
+        ident = route.ident(path) or ""
         model = self._stored.find(ident, self._scheduler.state.engines)
         if model is None or self._models.find(model) is None:
             text = f'there is no response "{ident}": its engine has ended, or never gave it'

@@ -79,7 +79,7 @@ class Models:
 
     def entry(self, name: str) -> dict[str, object] | None:
         """The answer to GET /v1/models/NAME; None where there is no such model."""
-        model = self.find(name)
+        model = self.find(name) or self.virtual(name, None)
         views = (view for view in self._desk.models() if view["id"] == model)
         return next((self._entry(view) for view in views), None)
 

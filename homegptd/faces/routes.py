@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 
 from .errors import Shape
 
@@ -53,12 +54,18 @@ class Route:
     """Whether the engine may keep the answer under its id, and whoever asks for that is sent once:
     `background`, `store: true` or `previous_response_id`."""
 
-    @property
-    def pattern(self) -> re.Pattern[str] | None:
-        """Of a path with an `{id}`. Ids are what vLLM makes or takes, and need no escapes."""
-        if "{id}" not in self.path:
-            return None
-        return re.compile(re.escape(self.path).replace(r"\{id\}", "([A-Za-z0-9_-]{1,128})"))
+    def ident(self, path: str) -> str | None:
+        """What stands at `{id}` in a raw path; None where it is another path.
+
+        Ids are what vLLM makes or takes, and need no escapes.
+        """
+        found = _pattern(self.path).fullmatch(path)
+        return found[1] if found else None
+
+
+@cache
+def _pattern(path: str) -> re.Pattern[str]:
+    return re.compile(re.escape(path).replace(r"\{id\}", "([A-Za-z0-9_-]{1,128})"))
 
 
 ROUTES = (

@@ -20,7 +20,8 @@ _NO_STORE = (
     "mode. To enable these features, set the environment variable "
     "`VLLM_ENABLE_RESPONSES_API_STORE=1` when launching the vLLM server."
 )
-_STATUS = {"length": "incomplete", "abort": "cancelled"}
+_STATUS = {"length": "incomplete"}
+"""An answer that was aborted says it is complete (seen on 0.32): nothing in it tells."""
 Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
 
 
@@ -115,17 +116,23 @@ class Responses:
             number += 1
 
         begun = _response(ask, "in_progress")
-        item = {"item_id": f"msg_{ask.ident}", "output_index": 0, "content_index": 0}
+        place = {"output_index": 0}
+        part = {**place, "item_id": f"msg_{ask.ident}", "content_index": 0}
         try:
             await tell("response.created", response=begun)
             await tell("response.in_progress", response=begun)
             async for delta in self.inference.tokens(ask):
-                await tell("response.output_text.delta", delta=delta, **item)
+                if len(ask.said) == 1:
+                    item = {**_item(ask, "in_progress"), "content": []}
+                    await tell("response.output_item.added", item=item, **place)
+                    await tell("response.content_part.added", part=_part(""), **part)
+                await tell("response.output_text.delta", delta=delta, logprobs=[], **part)
+            await tell("response.output_text.done", text=ask.text, logprobs=[], **part)
+            await tell("response.content_part.done", part=_part(ask.text), **part)
+            await tell("response.output_item.done", item=_item(ask, "completed"), **place)
+            await tell("response.completed", response=self._keep(_response(ask, _status(ask))))
         except Refused as why:
             await tell("error", message=str(why), code=str(why.status), param=None)
-        else:
-            await tell("response.output_text.done", text=ask.text, **item)
-            await tell("response.completed", response=self._keep(_response(ask, _status(ask))))
         await answer.write_eof()
         return answer
 
@@ -138,10 +145,17 @@ def _text(response: Body) -> str:
     return "".join(part["text"] for item in response["output"] for part in item["content"])
 
 
+def _part(text: str) -> Body:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": None}
+
+
+def _item(ask: Ask, status: str) -> Body:
+    told = {"id": f"msg_{ask.ident}", "type": "message", "role": "assistant", "status": status}
+    return {**told, "content": [_part(ask.text)]}
+
+
 def _response(ask: Ask, status: str) -> Body:
     ended = status in ("completed", "incomplete", "cancelled")
-    part = {"type": "output_text", "text": ask.text, "annotations": []}
-    item = {"id": f"msg_{ask.ident}", "type": "message", "role": "assistant", "content": [part]}
     used, said = len(pieces(ask.prompt)), len(ask.said)
     usage = {"input_tokens": used, "output_tokens": said, "total_tokens": used + said}
     return {
@@ -150,7 +164,7 @@ def _response(ask: Ask, status: str) -> Body:
         "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
         "model": ask.model,
         "object": "response",
-        "output": [item] if ended else [],
+        "output": [_item(ask, "completed")] if ended else [],
         "parallel_tool_calls": True,
         "background": bool(ask.body.get("background")),
         "previous_response_id": ask.body.get("previous_response_id"),

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from homegptd.faces import openai
+from homegptd.faces.adjust import Adjustment, adjusted
 from homegptd.faces.openai import NotUnderstood, Wish
 
 BIG = "x" * 70_000
@@ -150,3 +151,89 @@ def _seconds(body: bytes, *, parse: bool = False) -> float:
     found = openai._parse(body) if parse else openai.read(body)
     assert found.model == "right"
     return time.perf_counter() - began
+
+
+KEYS = [
+    '"model"', '"stream"', '"mod\\u0065l"', '"\\u006dodel"', '"store"', '"a"', '"\\"model"',
+    '"previous_response_id"', '"background"', '"model "', '"Model"', '"x\\\\"',
+]  # fmt: skip
+VALUES = [
+    '"one"', '"t\\u0077o"', '"\\u00fc\\n"', "null", '""', "true", "1", "0.5e3", "[]", "{}", '"}"',
+    '"\\\\"', '"\\\\\\""', '{"model":"no"}', '["model","no"]', '"\\"model\\":\\"no\\""', "-0",
+    '[{"model":[{"model":"no"}]}]', '"yes"',
+]  # fmt: skip
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(KEYS),
+            st.sampled_from(VALUES),
+            st.sampled_from(["", " ", "\n\t", " " * 300]),
+        ),
+        max_size=8,
+    ),
+    st.integers(0, 8),
+    st.booleans(),
+)  # fmt: skip
+@settings(max_examples=300, deadline=None)
+def test_a_body_is_read_as_json_reads_it(
+    members: list[tuple[str, str, str]], at: int, big: bool
+) -> None:
+    """Escaped and repeated keys, any spacing, small (parsed) and big (scanned)."""
+    told = [f"{gap}{key}{gap}:{gap}{value}{gap}" for key, value, gap in members]
+    told.insert(at, '"pad":"%s"' % (BIG if big else ""))
+    body = ("{" + ",".join(told) + "}").encode()
+    meant = json.loads(body)
+    model = meant.get("model")
+    if model is not None and not isinstance(model, str):
+        with pytest.raises(NotUnderstood):
+            openai.read(body)
+        return
+    wish = openai.read(body)
+    assert wish.model == (model or None)
+    assert wish.stream is openai.is_yes(meant.get("stream"))
+    previous = meant.get("previous_response_id")
+    assert wish.previous == (previous if isinstance(previous, str) else None)
+    keeps = meant.get("store") is True or bool(meant.get("background"))
+    assert wish.stores is (keeps or previous is not None)
+    assert json.loads(openai.with_model(body, "other")) == meant | {"model": "other"}
+
+
+numbers = st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
+plain = st.recursive(
+    st.none() | st.booleans() | numbers | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+objects = st.dictionaries(st.sampled_from("abcd"), plain, max_size=4)
+
+
+def added(to: object, what: object) -> object:
+    if to is None:
+        return what
+    if isinstance(to, dict) and isinstance(what, dict):
+        return to | {key: added(to.get(key), value) for key, value in what.items()}
+    return to
+
+
+def put(to: object, what: object) -> object:
+    if not isinstance(what, dict):
+        return what
+    merged = dict(to) if isinstance(to, dict) else {}
+    for key, value in what.items():
+        merged[key] = put(merged.get(key), value)
+        if value is None:
+            del merged[key]
+    return merged
+
+
+@given(objects, objects, objects)
+@settings(max_examples=150, deadline=None)
+def test_settings_are_merged_as_they_are_written(
+    body: dict[str, object], defaults: dict[str, object], overrides: dict[str, object]
+) -> None:
+    sent = adjusted(json.dumps(body).encode(), Adjustment(defaults, overrides))
+    assert json.loads(sent) == put(added(body, defaults), overrides)

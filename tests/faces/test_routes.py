@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from homegptd.core.model import Act, Asleep, SleepLevel
+from homegptd.faces import http
 from homegptd.faces.adjust import Adjustment
 from homegptd.faces.routes import ROUTES, Where
+from homegptd.faces.stored import Stored
 from homegptd.faces.tasks import is_task
 
 from . import box
@@ -113,6 +117,20 @@ async def test_active_is_the_model_used_last_of_those_awake(tmp_path: Path) -> N
         assert asked(await b.ask("/v1/embeddings", {"model": "active"})) == {"model": "embed"}
         await b.ask(content=HELLO)
         assert asked(await b.ask(content={"model": "active"})) == {"model": "chat"}
+
+
+async def test_virtual_names_can_be_looked_up_but_are_not_listed(two: box.Box) -> None:
+    await two.ask(content={"model": "coder"})
+    for name, model in (("active", "coder"), ("default", "chat")):
+        assert (await two.ask(f"/v1/models/{name}", method="GET")).json["id"] == model
+    listed = (await two.ask("/v1/models", method="GET")).json["data"]
+    assert [each["id"] for each in listed] == ["chat", "coder"]
+
+
+async def test_a_model_of_that_very_name_goes_before(tmp_path: Path) -> None:
+    engine = Engine(tmp_path / "active", echo)
+    async with engine.running(), box.running({"chat": tmp_path / "s", "active": engine.path}) as b:
+        assert asked(await b.ask(content={"model": "active"})) == {"model": "active"}
 
 
 async def test_active_is_the_default_while_nothing_is_awake(tmp_path: Path) -> None:
@@ -318,6 +336,31 @@ async def test_a_restarted_engine_has_no_responses(keeper: tuple[box.Box, Engine
     assert len(engine.asked) == 1
 
 
+async def test_a_door_to_one_model_is_the_same_router(tmp_path: Path) -> None:
+    engine = Engine(tmp_path / "coder", stored)
+    paths = {"chat": tmp_path / "chat", "coder": engine.path}
+    kept = Stored()
+    async with engine.running(), box.running(paths) as b:
+        sock = socket.create_server(("127.0.0.1", 0))
+        door = http.build_model_door(
+            box.ModelId("coder"), scheduler=b.scheduler, desk=b.desk, stored=kept,
+            addresses=lambda model: str(paths[model]),
+        )  # fmt: skip
+        runner = await http.serve(door, [sock], shutdown_s=0.5)
+        at = replace(b, port=sock.getsockname()[1])
+        for name in (None, "active", "default", "coder"):
+            await at.ask("/v1/responses", {"model": name, "input": "x"})
+            assert engine.asked[-1].json["model"] == "coder"
+        assert (await at.ask("/v1/responses/resp_1", method="GET")).status == 200
+        assert (await at.ask("/v1/responses", {"model": "chat"})).status == 404
+        kept.learn(b'{"id":"resp_7"}', box.ModelId("chat"), 0)
+        assert (await at.ask("/v1/responses/resp_7", method="GET")).status == 404
+        for path in ("/models/load", "/switch", "/models"):
+            assert (await at.ask(path, {"model": "coder"})).status == 404
+        await runner.cleanup()
+        door.close()
+
+
 @pytest.mark.parametrize(
     ("more", "tries"),
     [({}, 2), ({"store": False}, 2), ({"background": True}, 1), ({"store": True}, 1),
@@ -334,13 +377,10 @@ async def test_what_the_engine_keeps_is_never_asked_twice(
 
 
 async def test_ids_are_forgotten_in_the_order_they_came(tmp_path: Path) -> None:
-    from homegptd.core.model import ModelId
-    from homegptd.faces.stored import Stored
-
     async with box.running({"chat": tmp_path / "s"}) as b:
         kept, engines = Stored(most=2), b.scheduler.state.engines
         for number in (1, 2, 1, 3):
-            kept.learn(b'{"id":"r%d"}' % number, ModelId("chat"), 0)
+            kept.learn(b'{"id":"r%d"}' % number, box.ModelId("chat"), 0)
         assert [kept.find(f"r{n}", engines) for n in (1, 2, 3)] == ["chat", None, "chat"]
         assert len(kept) == 2
 

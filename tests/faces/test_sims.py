@@ -31,7 +31,8 @@ class World:
 
 
 def options(name: str, kind: str = "generate") -> Options:
-    return Options(model=name, served=(name,), kind=kind, speed=1000.0, tokens_per_s=5)
+    more = {"speed": 1000.0, "tokens_per_s": 5, "store_responses": True}
+    return Options(model=name, served=(name,), kind=kind, **more)
 
 
 @pytest.fixture
@@ -101,3 +102,59 @@ async def test_answers_that_a_sleep_aborts_are_errors(world: World) -> None:
     text = (await reply.read()).decode()
     assert "error" in said(text)[-1]
     assert "[DONE]" not in text
+
+
+async def test_messages_responses_and_tokens_come_through(world: World) -> None:
+    url = world.box.url
+    message = {"model": "chat", "max_tokens": 4, "messages": HELLO["messages"]}
+    async with world.http.post(f"{url}/v1/messages", json=message) as reply:
+        assert (await reply.json())["stop_reason"] == "max_tokens"
+    async with world.http.post(f"{url}/v1/messages", json=message | {"stream": True}) as reply:
+        assert (await reply.text()).rstrip().endswith('data: {"type":"message_stop"}')
+    async with world.http.post(f"{url}/v1/messages/count_tokens", json=message) as reply:
+        assert (await reply.json())["input_tokens"] > 0
+    async with world.http.post(f"{url}/tokenize", json={"prompt": "hello you"}) as reply:
+        tokens = (await reply.json())["tokens"]
+    async with world.http.post(f"{url}/detokenize", json={"tokens": tokens}) as reply:
+        assert (await reply.json())["prompt"] == "hello you"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_response_is_found_by_its_id_and_cancelled(world: World, stream: bool) -> None:
+    url, ask = f"{world.box.url}/v1/responses", {"input": "hello", "max_output_tokens": 4}
+    long = {"background": True, "max_output_tokens": 20_000}
+    async with world.http.post(url, json=ask | {"stream": stream}) as reply:
+        text = await reply.text()
+    ident = text.partition('"id":"')[2].partition('"')[0]
+    async with world.http.get(f"{url}/{ident}") as reply:
+        kept = await reply.json()
+        assert (kept["id"], kept["status"]) == (ident, "incomplete")
+    async with world.http.post(f"{url}/{ident}/cancel") as reply:
+        assert reply.status == 400
+        assert "synchronous" in await reply.text()
+    async with world.http.post(url, json=ask | long) as reply:
+        queued = await reply.json()
+    async with world.http.post(f"{url}/{queued['id']}/cancel") as reply:
+        assert (await reply.json())["status"] == "cancelled"
+
+
+@pytest.mark.parametrize("stream", ["", "true"])
+async def test_sound_becomes_text(tmp_path: Path, stream: str) -> None:
+    ears = SimServer(options("ears", "audio"))
+    async with (
+        ears.running(uds=tmp_path / "ears"),
+        box.running({"chat": tmp_path / "chat", "ears": tmp_path / "ears"}) as b,
+        aiohttp.ClientSession() as http,
+    ):
+        form = aiohttp.FormData()
+        form.add_field("file", b"\0\1" * 100_000, filename="ä.wav", content_type="audio/wav")
+        form.add_field("stream", stream)
+        form.add_field("model", "ears")
+        async with http.post(b.url + "/v1/audio/transcriptions", data=form) as reply:
+            assert reply.status == 200
+            text = await reply.text()
+    if stream:
+        assert text.endswith("data: [DONE]\n\n")
+        assert said(text)[0]["model"] == "ears"
+    else:
+        assert json.loads(text)["usage"] == {"type": "duration", "seconds": 7}
