@@ -70,7 +70,7 @@ _PASSED_ON = ("Content-Type", "Accept", "X-Request-Id")
 class Settings:
     """What the configuration says about the router."""
 
-    max_body_bytes: int = 64 << 20
+    max_body_bytes: int = 128 << 20
     bodies: Bodies = field(default_factory=Bodies)
     """Where they are held, and how many; shared by all doors."""
     limits: Callable[[ModelId], Limits] = lambda model: Limits()
