@@ -74,9 +74,7 @@ def outlook(state: State, model: ModelId, now: float) -> Outlook:
 
 def _through_others(state: State, engine: Engine, now: float) -> Outlook:
     """Orders under way end first, then come those in front, then room is made."""
-    room = plans.make_room(
-        state, engine.spec.model, may_displace=lambda other: not other.spec.pinned
-    )
+    room = _room(state, engine.spec.model)
     if room is None:
         return Outlook(f"No room for {engine.spec.model}", now + _HOPELESS_S)
     act = _way_up(engine)
@@ -98,6 +96,17 @@ def _through_others(state: State, engine: Engine, now: float) -> Outlook:
     left_s = max(sum(seconds for _, seconds in waits), pause) + takes(engine, act)
     own = f"{'Starting' if act == 'start' else 'Waking'} {engine.spec.model}"
     return Outlook(waits[0][0] if waits else own, now + left_s)
+
+
+def _room(state: State, model: ModelId) -> plans.Displacements | None:
+    """Who has to go. Sleepers are stopped for room so seldom that it is looked for last."""
+    for stop in (False, True):
+        room = plans.make_room(
+            state, model, may_displace=lambda other: not other.spec.pinned, may_stop_sleepers=stop
+        )
+        if room is not None:
+            return room
+    return None
 
 
 def _way_up(engine: Engine) -> str:
