@@ -248,7 +248,7 @@ class RouterConfig:
     """MiB that the bodies of waiting requests may take together."""
     max_wait_s: float = 900.0
     """Seconds a request waits for its model before it is refused."""
-    max_body_mib: int = 64
+    max_body_mib: int = 128
     """MiB of one request's body; images travel inside."""
     early_head_s: float = 1.5
     """Seconds after which a stream that waits begins, with status 200 and signs of life."""

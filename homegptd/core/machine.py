@@ -244,10 +244,11 @@ def _expire(d: Draft) -> None:
     if d.waiting:
         late = [ticket for ticket in d.waiting if ticket.until <= d.now]
         d.waiting = [ticket for ticket in d.waiting if ticket.until > d.now]
+        left_s = {model: retry_s(d.state(), model, d.now) for model in {t.model for t in late}}
         for ticket in late:
             text = f'waited {d.now - ticket.since:.0f} s for "{ticket.model}"'
-            again_s = retry_s(d.state(), ticket.model, d.now)
-            d.refuse(ticket.id, Refusal(Reason.WAITED_TOO_LONG, text, retry_after_s=again_s))
+            after_s = left_s[ticket.model]
+            d.refuse(ticket.id, Refusal(Reason.WAITED_TOO_LONG, text, retry_after_s=after_s))
         d.call_at(min((ticket.until for ticket in d.waiting), default=None))
     for name, engine in list(d.engines.items()):
         match engine.phase:

@@ -30,6 +30,8 @@ from .errors import Problem, Shape
 _COMMENT = b": homegpt\n"
 _PING = b'event: ping\ndata: {"type": "ping"}\n\n'
 _END = b"0\r\n\r\n"
+_LINGER_S = 10.0
+"""How long a client that reads slowly gets to read the end of a stream that failed."""
 
 
 def _chat(model: str) -> bytes:
@@ -119,7 +121,9 @@ class Early:
     def arm(self) -> None:
         """From now on the request waits: begin after the grace, then go on saying so."""
         if self._timer is None:
-            self._timer = self._loop.call_later(self._pause_s(), self._ring)
+            grace_s = self._began + self._pace.early_head_s - self._loop.time()
+            pause_s = self._pause_s() if self.given else max(grace_s, 0.0)
+            self._timer = self._loop.call_later(pause_s, self._ring)
 
     def disarm(self) -> None:
         if self._timer is not None:
@@ -127,9 +131,6 @@ class Early:
             self._timer = None
 
     def _pause_s(self) -> float:
-        if not self.given:
-            left_s = self._began + self._pace.early_head_s - self._loop.time()
-            return max(left_s, 0.0)
         return self._pace.status_s if self._for_webui() else self._pace.comment_s
 
     def _ring(self) -> None:
@@ -143,7 +144,7 @@ class Early:
         if self._request.protocol.writing_paused:
             return  # the client has enough to read
         outlook = self._outlook() if self._for_webui() else None
-        if outlook is not None and not (answering and outlook.at <= self._spoke_at):
+        if outlook is not None and not (answering and outlook.at <= self._loop.time()):
             words = self._status(self._progress(outlook))
         else:
             words = _PING if self._shape is Shape.ANTHROPIC else _COMMENT
@@ -174,6 +175,7 @@ class Early:
             return True
         if transport is not None:
             transport.close()
+            self._loop.call_later(_LINGER_S, transport.abort)
         return False
 
     # ------------------------------------------------------------ bytes

@@ -55,7 +55,7 @@ def no_key(model: ModelId) -> str | None:
 class Settings:
     """What the configuration says about the router."""
 
-    max_body_bytes: int = 64 << 20
+    max_body_bytes: int = 128 << 20
     bodies: Bodies = field(default_factory=Bodies)
     """Where they are held, and how many; shared by all doors."""
     limits: Callable[[ModelId], Limits] = lambda model: Limits()

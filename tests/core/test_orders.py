@@ -3,9 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
-from homegptd.core.commands import Cut, Grant, Prove, Sleep, Start, Stop, Wake, Watch
+from homegptd.core.commands import Cut, Grant, Probe, Prove, Sleep, Start, Stop, Wake, Watch
 from homegptd.core.events import (
     EngineDied,
+    EngineSilent,
     ProveEnded,
     SleepEnded,
     StartEnded,
@@ -322,3 +323,14 @@ def test_a_cut_says_the_true_reason_and_when_to_ask_again() -> None:
     run = Run(box(a=awake(1)))
     (cut,) = run.ask(Act.STOP, "a", cut=True)
     assert cut.refusal.retry_after_s is None
+
+
+def test_a_silent_engine_is_asked_only_while_it_is_awake() -> None:
+    run = Run(box(a=awake(1), b=asleep()))
+    engine = run.engine("a")
+    assert run(EngineSilent(ModelId("a"), engine.incarnation, 600.0)) == (
+        Probe(ModelId("a"), engine.incarnation),
+    )
+    assert run(EngineSilent(ModelId("a"), engine.incarnation - 1, 600.0)) == ()
+    assert run(EngineSilent(ModelId("b"), run.engine("b").incarnation, 600.0)) == ()
+    assert run.phase("a") == engine.phase

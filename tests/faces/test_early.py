@@ -409,6 +409,27 @@ async def test_a_frozen_answer_shows_that_it_lives_between_its_events(
             assert said.index(b"goes on after") < said.index(b'"b"')
 
 
+async def test_an_answer_that_pauses_has_no_status_line(tmp_path: Path) -> None:
+    """Its model is awake: a tool call is being written, say."""
+    path, go = tmp_path / "chat", asyncio.Event()
+
+    async def script(asked: Asked) -> None:
+        asked.writer.write(SSE + token("a"))
+        await go.wait()
+        asked.writer.writelines(FINE[2:])
+
+    limits = box.Limits(between_bytes_s=0.4)
+    running = box.running({"chat": path}, pace=QUICK, limits=limits)
+    async with Engine(path, script).running(), running as b:
+        client = await b.connect()
+        client.send(content=STREAM, more=WEBUI)
+        await client.head()
+        assert b'"a"' in await one_chunk(client)
+        assert [await one_chunk(client) for _ in range(3)] == [COMMENT] * 3
+        go.set()
+        assert statuses(await rest(client)) == []
+
+
 async def test_a_client_that_leaves_a_frozen_answer_is_gone_at_the_engine(tmp_path: Path) -> None:
     path, gone = tmp_path / "chat", asyncio.Event()
 

@@ -10,6 +10,7 @@ from homegptd.core.events import (
     CancelAsked,
     ConfigChanged,
     EngineDied,
+    EngineSilent,
     Found,
     Observed,
     OperationAsked,
@@ -188,6 +189,12 @@ class Machine(RuleBasedStateMachine):
         engine = self.box.state.engines.get(name)
         now = engine.incarnation if engine else 0
         self.box.feed(EngineDied(name, now - (stale == 0), Failure("killed")))
+
+    @rule(data=st.data(), stale=st.booleans())
+    def an_answer_is_waited_for_in_vain(self, data, stale) -> None:
+        model = self.one_of_the_models(data)
+        engine = self.box.state.engines.get(model)
+        self.box.feed(EngineSilent(model, (engine.incarnation if engine else 0) - stale, 600.0))
 
     @rule(
         data=st.data(),

@@ -392,6 +392,9 @@ class Client:
     async def check(self) -> None:
         await self._settled()
 
+    async def speak(self) -> None:
+        await self._settled()
+
     async def sleep(self, level: SleepLevel, mode: SleepMode) -> Freed:
         process = await self._settled()
         self._machines.about_to(f"sleep {mode.value}", process)
