@@ -14,6 +14,7 @@ from aiohttp.typedefs import Middleware
 
 from homegptd.sim.faults import Fault
 from homegptd.sim.inference import Inference
+from homegptd.sim.messages import Messages
 from homegptd.sim.pooling import Pooling
 from homegptd.sim.shapes import DEAD, Body, Refused, refusal, reply
 
@@ -33,8 +34,11 @@ def build(server: SimServer) -> web.Application:
     app.on_response_prepare.append(_name_server)
     face = _Face(server)
     app.add_routes(face.routes())
-    kind = Inference if server.options.kind == "generate" else Pooling
-    app.add_routes(kind(server.intake).routes())
+    if server.options.kind == "generate":
+        inference = Inference(server.intake)
+        app.add_routes([*inference.routes(), *Messages(inference).routes()])
+    else:
+        app.add_routes(Pooling(server.intake).routes())
     app.add_routes(server.control.routes())
     return app
 

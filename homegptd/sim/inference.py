@@ -26,6 +26,7 @@ from homegptd.sim.text import (
     text_of,
     token_id,
 )
+from homegptd.sim.tools import Call, call_of
 
 _CHAT_LENGTH = 48  # tokens of a chat answer that no limit cuts
 _COMPLETION_LENGTH = 16  # OpenAI's default
@@ -48,6 +49,7 @@ class Ask:
     sent: int = 0  # characters of `text` that went out
     finish: str = "abort"
     stop: str | None = None  # the stop string that was met
+    call: Call | None = None  # what is said is its arguments
 
     @property
     def text(self) -> str:
@@ -89,8 +91,12 @@ class Ask:
 
     def hear(self, piece: str) -> None:
         """Take one token of the answer; sets `finish` with the last one."""
-        self.said.append(piece)
-        if self.stops:
+        self.said.append(self.call.said[len(self.said)] if self.call else piece)
+        if self.call:
+            if len(self.said) == len(self.call.said):
+                self.finish = self.call.finish
+                return
+        elif self.stops:
             text = self.text
             self.stop = next((stop for stop in self.stops if stop in text), None)
         if self.stop is not None:
@@ -118,13 +124,7 @@ class Inference:
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         body = await self.intake.body(request)
-        messages = body.get("messages")
-        if not isinstance(messages, list) or not messages:
-            raise Refused(400, missing("messages", messages), "messages")
-        if not all(isinstance(m, dict) and "role" in m for m in messages):
-            raise Refused(400, "each message must be an object with a role", "messages")
-        limit = body.get("max_completion_tokens") or body.get("max_tokens")
-        ask = self._ask(body, chat_prompt(messages), limit, chat=True)
+        ask = self.chat_ask(body)
         with self.intake.counted():
             if body.get("stream"):
                 return await self._stream(request, [ask])
@@ -132,6 +132,8 @@ class Inference:
             logprobs = _chat_logprobs(ask) if body.get("logprobs") else None
             choice = shapes.chat_choice(ask.text, ask.finish, ask.stop, logprobs)
             choice["token_ids"] = ask.token_ids
+            if ask.call:
+                choice["message"] |= {"content": None, "tool_calls": [ask.call.whole]}
             used = _usage([ask])
             body = shapes.chat_body(ask.ident, ask.created, ask.model, [choice], used)
             return shapes.reply(body | {"prompt_token_ids": ask.prompt_ids})
@@ -176,10 +178,10 @@ class Inference:
     # -- answering -----------------------------------------------------------------------------
 
     async def _answer(self, ask: Ask) -> None:
-        async for _ in self._tokens(ask):
+        async for _ in self.tokens(ask):
             pass
 
-    async def _tokens(self, ask: Ask) -> AsyncGenerator[str, None]:
+    async def tokens(self, ask: Ask) -> AsyncGenerator[str, None]:
         """Token by token into `ask`; an abort ends it with `finish` left at "abort"."""
         generating = self.engine.generate(ask.prompt, ask.limit, ask.rate)
         self.engine.prompted += len(pieces(ask.prompt))
@@ -215,7 +217,7 @@ class Inference:
         return answer
 
     async def _stream_one(self, answer: web.StreamResponse, index: int, ask: Ask) -> None:
-        async for delta in self._tokens(ask):
+        async for delta in self.tokens(ask):
             if len(ask.said) == 1 and ask.chat:
                 opening = {"delta": {"role": "assistant", "content": ""}}
                 await answer.write(shapes.event(self._chunk(ask, opening)))
@@ -229,6 +231,18 @@ class Inference:
         return shape(ask.ident, ask.created, ask.model, choice)
 
     # -- checks --------------------------------------------------------------------------------
+
+    def chat_ask(self, body: Body) -> Ask:
+        """Raises Refused."""
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise Refused(400, missing("messages", messages), "messages")
+        if not all(isinstance(m, dict) and "role" in m for m in messages):
+            raise Refused(400, "each message must be an object with a role", "messages")
+        limit = body.get("max_completion_tokens") or body.get("max_tokens")
+        ask = self._ask(body, chat_prompt(messages), limit, chat=True)
+        ask.call = call_of(body, self.options)
+        return ask
 
     def _ask(self, body: Body, prompt: str, limit: object, *, chat: bool) -> Ask:
         used, room = len(pieces(prompt)), self.options.max_model_len
@@ -251,7 +265,10 @@ class Inference:
 def _choice(ask: Ask, index: int, delta: str) -> Body:
     """The choice of one event: one token, and with the last one the reason for the end."""
     choice: Body = {"index": index}
-    choice |= {"delta": {"content": delta}} if ask.chat else {"text": delta}
+    if ask.call:
+        choice["delta"] = {"tool_calls": [ask.call.piece(len(ask.said) - 1)]}
+    else:
+        choice |= {"delta": {"content": delta}} if ask.chat else {"text": delta}
     if ask.ended:
         choice |= {"finish_reason": ask.finish, "stop_reason": ask.stop}
     if ask.body.get("return_token_ids"):
