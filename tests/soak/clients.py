@@ -19,7 +19,8 @@ from .books import DAEMON_GONE, Books, Breach, Kind, Wish
 
 PATIENCE_S = 90.0
 """Within this long each try must have ended somehow."""
-TRIES = 20
+ANSWER_S = 300.0
+"""Within this long there must be an answer, however often the client was told to come again."""
 PATHS = {
     "chat": "/v1/chat/completions",
     "completions": "/v1/completions",
@@ -70,7 +71,8 @@ class Client:
             await self._leave(wish)
             wish.outcome = f"left {wish.leaves}"
             return
-        while wish.tries < TRIES:
+        pause_s = 0.3
+        while time.monotonic() - wish.began < ANSWER_S:
             wish.tries += 1
             began = time.monotonic()
             try:
@@ -80,7 +82,7 @@ class Client:
                 raise Breach(f"no end after {PATIENCE_S:.0f} s", wish) from None
             except aiohttp.ClientConnectorError as error:
                 self._excuse(wish, "no connection", DAEMON_GONE, began, str(error))
-                pause_s = 0.3
+                pause_s = min(pause_s * 1.5, _LONGEST_PAUSE_S)
             except (aiohttp.ClientError, ConnectionError) as error:
                 self._excuse(wish, "connection broken", DAEMON_GONE, began, repr(error))
                 pause_s = 0.3
@@ -92,7 +94,7 @@ class Client:
                 self._judge(wish, failed, began)
                 pause_s = min(failed.retry_after_s or 0.3, _LONGEST_PAUSE_S)
             await asyncio.sleep(pause_s * self._dice.uniform(0.8, 1.2))
-        raise Breach(f"no answer in {TRIES} tries", wish)
+        raise Breach(f"no answer in {wish.tries} tries and {ANSWER_S:.0f} s", wish)
 
     # ------------------------------------------------------------ asking
 

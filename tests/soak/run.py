@@ -13,7 +13,7 @@ from .books import Books, Breach, Kind, Wish
 from .clients import Client, others
 from .weather import ALIASES, EMBEDDER, MODELS, Weather
 
-CLIENTS = 64
+CLIENTS = 48
 _LEAVES = ("in its head", "in its body", "at once", "while it waits", "after words")
 _DEFECT = ("Traceback", "this is a defect", "Task exception was never", "never awaited")
 
