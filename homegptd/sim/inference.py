@@ -124,11 +124,18 @@ class Inference:
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         body = await self.intake.body(request)
-        ask = self.chat_ask(body)
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise Refused(400, missing("messages", messages), "messages")
+        if not all(isinstance(m, dict) and "role" in m for m in messages):
+            raise Refused(400, "each message must be an object with a role", "messages")
+        limit = body.get("max_completion_tokens") or body.get("max_tokens")
+        ask = self.ask(body, chat_prompt(messages), limit, chat=True)
+        ask.call = call_of(body, self.options)
         with self.intake.counted():
             if body.get("stream"):
                 return await self._stream(request, [ask])
-            await self._answer(ask)
+            await self.answer(ask)
             logprobs = _chat_logprobs(ask) if body.get("logprobs") else None
             choice = shapes.chat_choice(ask.text, ask.finish, ask.stop, logprobs)
             choice["token_ids"] = ask.token_ids
@@ -141,7 +148,7 @@ class Inference:
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await self.intake.body(request)
         limit = body.get("max_tokens", _COMPLETION_LENGTH)
-        asks = [self._ask(body, prompt, limit, chat=False) for prompt in _prompts(body)]
+        asks = [self.ask(body, prompt, limit, chat=False) for prompt in _prompts(body)]
         with self.intake.counted():
             if body.get("stream"):
                 return await self._stream(request, asks)
@@ -152,7 +159,7 @@ class Inference:
             )
 
     async def _completion(self, index: int, ask: Ask) -> Body:
-        await self._answer(ask)
+        await self.answer(ask)
         body, valid = ask.body, self.engine.memory.weights_valid
         asked, top = body.get("logprobs"), body.get("prompt_logprobs")
         logprobs = None if asked is None else _completion_logprobs(ask, int(asked), valid=valid)
@@ -177,7 +184,8 @@ class Inference:
 
     # -- answering -----------------------------------------------------------------------------
 
-    async def _answer(self, ask: Ask) -> None:
+    async def answer(self, ask: Ask) -> None:
+        """The whole of it, into `ask`."""
         async for _ in self.tokens(ask):
             pass
 
@@ -232,19 +240,8 @@ class Inference:
 
     # -- checks --------------------------------------------------------------------------------
 
-    def chat_ask(self, body: Body) -> Ask:
-        """Raises Refused."""
-        messages = body.get("messages")
-        if not isinstance(messages, list) or not messages:
-            raise Refused(400, missing("messages", messages), "messages")
-        if not all(isinstance(m, dict) and "role" in m for m in messages):
-            raise Refused(400, "each message must be an object with a role", "messages")
-        limit = body.get("max_completion_tokens") or body.get("max_tokens")
-        ask = self._ask(body, chat_prompt(messages), limit, chat=True)
-        ask.call = call_of(body, self.options)
-        return ask
-
-    def _ask(self, body: Body, prompt: str, limit: object, *, chat: bool) -> Ask:
+    def ask(self, body: Body, prompt: str, limit: object, *, chat: bool) -> Ask:
+        """A request as the engine takes it. Raises Refused."""
         used, room = len(pieces(prompt)), self.options.max_model_len
         if limit is not None and (not isinstance(limit, int) or limit < (1 if chat else 0)):
             raise Refused(400, f"max_tokens must be at least 1, got {limit}.", "max_tokens")

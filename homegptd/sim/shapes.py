@@ -154,4 +154,9 @@ def event(body: Body) -> bytes:
     return b"data: " + dumps(body).encode() + b"\n\n"
 
 
+def named_event(name: str, body: Body) -> bytes:
+    """One server-sent event with its name, as /v1/messages and /v1/responses have them."""
+    return b"event: " + name.encode() + b"\n" + event(body)
+
+
 DONE = b"data: [DONE]\n\n"
