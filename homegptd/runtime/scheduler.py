@@ -132,7 +132,8 @@ class Scheduler:
         self._max_wait_s = max_wait_s
         self._inbox: deque[Event] = deque()
         self._stepping = False
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._rings_at: float | None = None
         self._group: asyncio.TaskGroup | None = None
         self._broken: asyncio.Future[None] = self.loop.create_future()
         self._leases: dict[TicketId, Lease] = {}
@@ -206,16 +207,16 @@ class Scheduler:
             self._publish(lines)
 
     def _rearm(self, at: float | None) -> None:
+        if at == self._rings_at:
+            return
         if self._timer is not None:
-            if at is not None and self._timer.when() == at and not self._timer.cancelled():
-                return
             self._timer.cancel()
-            self._timer = None
-        if at is not None:
-            self._timer = self.loop.call_at(at, self._ring)
+        # no `when()` of the handle: uvloop's is rounded, and within half a millisecond it has none
+        self._timer = None if at is None else self.loop.call_at(at, self._ring)
+        self._rings_at = at
 
     def _ring(self) -> None:
-        self._timer = None
+        self._timer = self._rings_at = None
         self.post(TimePassed())
 
     def _carry_out(self, command: Command) -> None:
