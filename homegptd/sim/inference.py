@@ -207,7 +207,7 @@ class Inference:
             raise Refused(500, shapes.DEAD) from None
         finally:
             await generating.aclose()
-        self.engine.finished[ask.finish] += 1
+        self.engine.finished["stop" if ask.finish == "tool_calls" else ask.finish] += 1
 
     async def _stream(self, request: web.Request, asks: list[Ask]) -> web.StreamResponse:
         answer = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})

@@ -81,4 +81,10 @@ def _asked_for(body: Body, tools: Body) -> str | None:
 def _arguments(schema: Body) -> Body:
     properties = schema.get("properties") or {}
     wanted = schema.get("required") or list(properties)
-    return {name: _VALUES.get(str(properties[name].get("type")), {}) for name in wanted}
+    return {name: _value(properties.get(name) or {}) for name in wanted}
+
+
+def _value(schema: Body) -> object:
+    if choices := schema.get("enum"):
+        return choices[0]
+    return _VALUES.get(str(schema.get("type")), {})
