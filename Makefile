@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PREFIX ?= /usr/local
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check fmt simulate bench render install uninstall deb clean
+.PHONY: help run test check fmt simulate soak bench render install uninstall deb clean
 
 help:            ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 16
@@ -26,7 +26,7 @@ run: $(VENV)/.run        ## the demo, no GPU, no root: make run ARGS="--models 8
 	@$(BIN)/homegptd demo $(ARGS)
 
 test: $(VENV)/.dev       ## every test that needs no privileges
-	$(BIN)/pytest -q -m 'not lab'
+	$(BIN)/pytest -q -m 'not lab and not webui'
 
 check: $(VENV)/.dev      ## ruff, mypy, import borders
 	$(BIN)/ruff check .
@@ -40,6 +40,9 @@ fmt: $(VENV)/.dev        ## format the code
 
 simulate: $(VENV)/.dev   ## hundreds of virtual hours: make simulate SEED=7 HOURS=200
 	$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED)) $(if $(HOURS),--hours $(HOURS))
+
+soak: $(VENV)/.dev       ## a real daemon in all the trouble there is: make soak MINUTES=60 SEED=7
+	@$(BIN)/python -m tests.soak $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES))
 
 bench: $(VENV)/.dev      ## measure: docs/performance.md says what (BENCH="switch relay" for some)
 	@for name in $(or $(BENCH),switch transfer forecast cli memory start lease relay); do \

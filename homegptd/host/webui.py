@@ -6,7 +6,7 @@ then; tags and follow-ups are therefore off. What it keeps lies on a volume.
 
 import json
 
-from homegptd.config.schema import CONTAINER_GATEWAY, Config
+from homegptd.config.schema import CONTAINER_GATEWAY, Config, ModelConfig
 
 from .quote import expanded, word
 
@@ -27,7 +27,7 @@ _CONNECTION = {
 
 def webui(config: Config) -> str:
     port = config.webui.port
-    env = "\n".join(f"Environment={word(f'{k}={v}')}" for k, v in _environment(config).items())
+    env = "\n".join(f"Environment={word(f'{k}={v}')}" for k, v in environment(config).items())
     return f"""\
 [Unit]
 Description=homeGPT: Open WebUI
@@ -80,12 +80,13 @@ ExecStartPre=/bin/sh -c "podman secret inspect {KEY} >/dev/null 2>&1 || \\
 """
 
 
-def _environment(config: Config) -> dict[str, str]:
+def environment(config: Config, box: str = NAME) -> dict[str, str]:
+    """What Open WebUI is told; `box` is how it reaches homegptd from where it runs."""
     port = config.http.listen[0].rpartition(":")[2]
     # must not be empty, also where the daemon asks for none
     key = {} if config.http.keys else {"OPENAI_API_KEYS": "homegpt"}
-    return {
-        "OPENAI_API_BASE_URLS": f"http://{NAME}:{port}/v1",
+    env = {
+        "OPENAI_API_BASE_URLS": f"http://{box}:{port}/v1",
         **key,
         "OPENAI_API_CONFIGS": json.dumps(_CONNECTION, separators=(",", ":")),
         "ENABLE_OLLAMA_API": "false",
@@ -105,3 +106,17 @@ def _environment(config: Config) -> dict[str, str]:
         "SCARF_NO_ANALYTICS": "true",
         "CORS_ALLOW_ORIGIN": f"http://localhost:{config.webui.port}",
     }
+    if not all(_calls_tools(model) for model in config.models):
+        # three dozen tools go with each chat otherwise, and a vLLM that is not told how to read
+        # calls answers all of them with 400
+        env["DEFAULT_MODEL_METADATA"] = '{"capabilities":{"builtin_tools":false}}'
+    return env
+
+
+def _calls_tools(model: ModelConfig) -> bool:
+    """Whether it is known to; what a unit by hand says is not."""
+    engine = model.engine
+    if engine is None or engine.kind != "generate":
+        return engine is not None
+    words = {word.partition("=")[0] for word in (*engine.args, *(engine.command or ()))}
+    return {"--enable-auto-tool-choice", "--tool-call-parser"} <= words

@@ -26,6 +26,7 @@ from homegptd.sim.text import (
     text_of,
     token_id,
 )
+from homegptd.sim.tools import Call, call_of
 
 _CHAT_LENGTH = 48  # tokens of a chat answer that no limit cuts
 _COMPLETION_LENGTH = 16  # OpenAI's default
@@ -48,6 +49,7 @@ class Ask:
     sent: int = 0  # characters of `text` that went out
     finish: str = "abort"
     stop: str | None = None  # the stop string that was met
+    call: Call | None = None  # what is said is its arguments
 
     @property
     def text(self) -> str:
@@ -89,8 +91,12 @@ class Ask:
 
     def hear(self, piece: str) -> None:
         """Take one token of the answer; sets `finish` with the last one."""
-        self.said.append(piece)
-        if self.stops:
+        self.said.append(self.call.said[len(self.said)] if self.call else piece)
+        if self.call:
+            if len(self.said) == len(self.call.said):
+                self.finish = self.call.finish
+                return
+        elif self.stops:
             text = self.text
             self.stop = next((stop for stop in self.stops if stop in text), None)
         if self.stop is not None:
@@ -126,6 +132,7 @@ class Inference:
             raise Refused(400, "each message must be an object with a role", "messages")
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
         ask = self.ask(body, chat_prompt(messages), limit, chat=True)
+        ask.call = call_of(body, self.options)
         with self.intake.counted():
             if body.get("stream"):
                 return await self._stream(request, [ask])
@@ -133,6 +140,8 @@ class Inference:
             logprobs = _chat_logprobs(ask) if body.get("logprobs") else None
             choice = shapes.chat_choice(ask.text, ask.finish, ask.stop, logprobs)
             choice["token_ids"] = ask.token_ids
+            if ask.call:
+                choice["message"] |= {"content": None, "tool_calls": [ask.call.whole]}
             used = _usage([ask])
             body = shapes.chat_body(ask.ident, ask.created, ask.model, [choice], used)
             return shapes.reply(body | {"prompt_token_ids": ask.prompt_ids})
@@ -205,7 +214,7 @@ class Inference:
             raise Refused(500, shapes.DEAD) from None
         finally:
             await generating.aclose()
-        self.engine.finished[ask.finish] += 1
+        self.engine.finished["stop" if ask.finish == "tool_calls" else ask.finish] += 1
 
     async def _stream(self, request: web.Request, asks: list[Ask]) -> web.StreamResponse:
         answer = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
@@ -260,7 +269,10 @@ class Inference:
 def _choice(ask: Ask, index: int, delta: str) -> Body:
     """The choice of one event: one token, and with the last one the reason for the end."""
     choice: Body = {"index": index}
-    choice |= {"delta": {"content": delta}} if ask.chat else {"text": delta}
+    if ask.call:
+        choice["delta"] = {"tool_calls": [ask.call.piece(len(ask.said) - 1)]}
+    else:
+        choice |= {"delta": {"content": delta}} if ask.chat else {"text": delta}
     if ask.ended:
         choice |= {"finish_reason": ask.finish, "stop_reason": ask.stop}
     if ask.body.get("return_token_ids"):

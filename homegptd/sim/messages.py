@@ -1,7 +1,11 @@
-"""Anthropic's Messages API, as vLLM speaks it: whole, streamed, and counted."""
+"""Anthropic's Messages API, as vLLM speaks it: whole, streamed, and counted.
+
+An answer that was aborted ends as any other does, but for its reason: there is none.
+"""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from aiohttp import web
@@ -11,8 +15,9 @@ from homegptd.sim.inference import Ask, Inference
 from homegptd.sim.intake import missing, new_id
 from homegptd.sim.shapes import Body, Refused
 from homegptd.sim.text import chat_prompt, pieces
+from homegptd.sim.tools import Call, call_of
 
-_STOPS = {"length": "max_tokens", "stop": "end_turn"}
+_STOPS = {"length": "max_tokens", "stop": "end_turn", "tool_calls": "tool_use"}
 """Of an answer that was aborted vLLM gives no reason."""
 
 
@@ -34,14 +39,17 @@ class Messages:
             body = await self.intake.body(request)
             ask = self.inference.ask(body, _prompt(body), _limit(body), chat=True)
             ask.ident = new_id("chatcmpl")
+            ask.call = call_of(_as_chat(body), self.inference.options)
             with self.intake.counted():
                 if body.get("stream"):
                     return await self._stream(request, ask)
                 await self.inference.answer(ask)
         except Refused as why:
             return _refusal(why)
-        content = [{"type": "text", "text": ask.text}]
-        return shapes.reply(_message(ask, content, _STOPS.get(ask.finish)))
+        content = {"type": "text", "text": ask.text}
+        if ask.call:
+            content = _use(ask.call, json.loads("".join(ask.said)))
+        return shapes.reply(_message(ask, [content], _stop(ask)))
 
     async def count(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -58,15 +66,17 @@ class Messages:
             async for delta in self.inference.tokens(ask):
                 if len(ask.said) == 1:
                     await tell("message_start", message=_message(ask, [], None))
-                    block = {"type": "text", "text": ""}
+                    block = _use(ask.call, {}) if ask.call else {"type": "text", "text": ""}
                     await tell("content_block_start", index=0, content_block=block)
                 piece = {"type": "text_delta", "text": delta}
+                if ask.call:
+                    piece = {"type": "input_json_delta", "partial_json": ask.said[-1]}
                 await tell("content_block_delta", index=0, delta=piece)
         except Refused as why:
             await tell("error", error={"type": "internal_error", "message": str(why)})
         else:
             await tell("content_block_stop", index=0)
-            ended = {"stop_reason": _STOPS.get(ask.finish), "stop_sequence": ask.stop}
+            ended = {"stop_reason": _stop(ask), "stop_sequence": ask.stop}
             await tell("message_delta", delta=ended, usage=_usage(ask))
             await tell("message_stop")
         await answer.write_eof()
@@ -92,6 +102,29 @@ def _prompt(body: Body) -> str:
     system = body.get("system")
     first = [{"role": "system", "content": system}] if system else []
     return chat_prompt([*first, *messages])
+
+
+def _as_chat(body: Body) -> Body:
+    """The tools in OpenAI's words."""
+    if not body.get("tools"):
+        return {}
+    tools = [{"name": t["name"], "parameters": t.get("input_schema")} for t in body["tools"]]
+    choice = body.get("tool_choice") or {"type": "auto"}
+    named = {"function": {"name": choice.get("name")}}
+    kinds = {"tool": named, "any": "required"}
+    return {
+        "messages": body["messages"],
+        "tools": [{"type": "function", "function": tool} for tool in tools],
+        "tool_choice": kinds.get(choice["type"], choice["type"]),
+    }
+
+
+def _use(call: Call, given: Body) -> Body:
+    return {"type": "tool_use", "id": call.ident, "name": call.name, "input": given}
+
+
+def _stop(ask: Ask) -> str | None:
+    return "tool_use" if ask.call and ask.finish == ask.call.finish else _STOPS.get(ask.finish)
 
 
 def _limit(body: Body) -> object:

@@ -17,7 +17,7 @@ from homegptd.sim.physics import GIB, Footprint, Speeds
 from homegptd.sim.versions import Profile, profile
 
 _IGNORED_WITH_VALUE = """
---tokenizer --dtype --quantization --kv-cache-dtype --max-num-batched-tokens --tool-call-parser
+--tokenizer --dtype --quantization --kv-cache-dtype --max-num-batched-tokens
 --reasoning-parser --chat-template --seed --swap-space --cpu-offload-gb --load-format --revision
 --download-dir --block-size --pipeline-parallel-size --data-parallel-size --limit-mm-per-prompt
 --generation-config --hf-overrides --rope-scaling --uvicorn-log-level --root-path --task --runner
@@ -30,7 +30,7 @@ _IGNORED_WITH_VALUE = """
 --num-gpu-blocks-override --model-loader-extra-config --api-server-count --response-role
 """.split()  # noqa: SIM905 -- a list of flags reads best as words
 _IGNORED_SWITCHES = """
---enable-chunked-prefill --no-enable-chunked-prefill --enable-auto-tool-choice --trust-remote-code
+--enable-chunked-prefill --no-enable-chunked-prefill --trust-remote-code
 --disable-fastapi-docs --enforce-eager --enable-prefix-caching --no-enable-prefix-caching
 --enable-log-requests --disable-log-requests --disable-log-stats --enable-expert-parallel
 --async-scheduling --no-async-scheduling --disable-custom-all-reduce --enable-reasoning
@@ -59,6 +59,8 @@ class Options:
     max_queued: int | None = None
     shutdown_timeout_s: float = 0
     server_load: bool = False
+    auto_tools: bool = False
+    tool_parser: str | None = None
     keep_alive_on_death: bool = False
     keep_alive_s: float = 5
     card: Path | None = None
@@ -126,6 +128,8 @@ def parser(version: str = "0.32.0") -> argparse.ArgumentParser:
     p.add_argument("--max-num-seqs", type=int, default=256)
     p.add_argument("--api-key")
     p.add_argument("--enable-server-load-tracking", action="store_true")
+    p.add_argument("--enable-auto-tool-choice", action="store_true")
+    p.add_argument("--tool-call-parser")
     if known.queue_limit_flag:
         p.add_argument("--max-num-queued-reqs", type=int)
     if known.shutdown_timeout_flag:
@@ -204,6 +208,8 @@ def parse_options(argv: list[str], environ: Mapping[str, str] = os.environ) -> O
         max_queued=getattr(args, "max_num_queued_reqs", None),
         shutdown_timeout_s=getattr(args, "shutdown_timeout", 0),
         server_load=args.enable_server_load_tracking,
+        auto_tools=args.enable_auto_tool_choice,
+        tool_parser=args.tool_call_parser,
         keep_alive_on_death=environ.get("VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", "0") not in ("", "0"),
         keep_alive_s=float(environ.get("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "5")),
         card=args.sim_card,

@@ -61,6 +61,19 @@ def test_a_model_is_started_by_the_daemon_alone_and_closed_to_all_others(model: 
     assert all(not value.startswith("-") for value in values(text, "AddDevice"))
 
 
+def test_the_page_sends_tools_only_where_every_model_can_call_them() -> None:
+    off = "DEFAULT_MODEL_METADATA"
+    assert off not in render(SHIPPED)["open-webui.container"]
+    page = "webui: {enabled: true}\n"
+    plain = render(parse(page + MODEL.format(more=""), "c"))
+    assert values(plain["open-webui.container"], "Environment").count(
+        '"DEFAULT_MODEL_METADATA={\\"capabilities\\":{\\"builtin_tools\\":false}}"'
+    )
+    calls = "args: {enable-auto-tool-choice: true, tool-call-parser: hermes}"
+    able = render(parse(page + MODEL.format(more=calls), "c"))
+    assert off not in able["open-webui.container"]
+
+
 # ------------------------------------------------------------ one model
 
 

@@ -321,3 +321,22 @@ async def test_the_journal_gets_the_story_in_fields(caplog: pytest.LogCaptureFix
     awake = [each for each in told if each.get("PHASE") == "awake" and each["MODEL_ID"] == A]
     assert awake[-1]["WAS"] == "waking"
     assert awake[-1]["KIND"] == "phase"
+
+
+def test_a_deadline_within_half_a_millisecond() -> None:
+    """uvloop makes no timer of so short a time, and its handle cannot tell when it is due."""
+
+    async def waits(small: Small) -> None:
+        async with small.scheduler.lease(B, freezable=True, max_wait_s=0.0002):
+            pass
+
+    async def two_at_once() -> None:
+        small = Small()
+        small.found(A)
+        async with small.running():
+            refused = await asyncio.gather(waits(small), waits(small), return_exceptions=True)
+            assert [type(each) for each in refused] == [Refused, Refused]
+            assert small.nothing_is_left()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(two_at_once())
