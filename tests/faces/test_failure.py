@@ -158,3 +158,64 @@ async def test_an_answer_that_vllm_cut_itself_is_an_error(path: Path, where: str
         assert b"cut its answer" in said
         assert b"abort" not in said
         assert b"[DONE]" not in said
+
+
+WHOLE_MESSAGE = b'{"id":"m","type":"message","role":"assistant","content":[],"model":"chat"%s}'
+WHOLE_RESPONSE = b'{"id":"r","object":"response","status":"%s","output":[]}'
+MESSAGE_DELTA = (
+    b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":%s}}\n\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("where", "whole", "event"),
+    [
+        ("/v1/messages", WHOLE_MESSAGE % b"", MESSAGE_DELTA % b"null"),
+        (
+            "/v1/responses",
+            WHOLE_RESPONSE % b"cancelled",
+            b"data: %s\n\n" % (WHOLE_RESPONSE % b"cancelled"),
+        ),
+    ],
+    ids=["messages", "responses"],
+)
+async def test_a_cut_that_vllm_translates_is_an_error_too(
+    path: Path, where: str, whole: bytes, event: bytes
+) -> None:
+    go = asyncio.Event()
+
+    async def script(asked: Asked) -> None:
+        if not asked.json.get("stream"):
+            asked.writer.write(answer(whole))
+            return
+        asked.writer.write(SSE + box.token("a"))
+        await go.wait()
+        asked.writer.write(box.chunk(event) + box.END)
+
+    async with Engine(path, script).running(), box.running({"chat": path}, notice_s=0.0) as b:
+        assert "cut its answer" in (await b.ask(where, HELLO)).error["message"]
+        client = await b.connect()
+        client.send(where, STREAM)
+        await client.head()
+        go.set()
+        said = await client.reader.readuntil(box.END)
+        assert b"cut its answer" in said
+        assert event not in said
+
+
+@pytest.mark.parametrize(
+    ("where", "whole"),
+    [
+        ("/v1/messages", WHOLE_MESSAGE % b',"stop_reason":"end_turn"'),
+        ("/v1/messages", b'{"type":"error","error":{"message":"no"}}'),
+        ("/v1/responses", WHOLE_RESPONSE % b"completed"),
+        (CHAT, WHOLE_RESPONSE % b"cancelled"),
+        ("/v1/messages", WHOLE_MESSAGE % (b',"x":"%s","stop_reason":"end_turn"' % (b"x" * 2**21))),
+    ],
+    ids=["message", "error", "response", "chat", "long message"],
+)
+async def test_what_is_complete_is_not_taken_for_a_cut(
+    path: Path, where: str, whole: bytes
+) -> None:
+    async with Engine(path, saying(answer(whole))).running(), box.running({"chat": path}) as b:
+        assert (await b.ask(where, HELLO)).body == whole
