@@ -42,7 +42,7 @@ simulate: $(VENV)/.dev   ## hundreds of virtual hours: make simulate SEED=7 HOUR
 	$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED)) $(if $(HOURS),--hours $(HOURS))
 
 bench: $(VENV)/.dev      ## measure: docs/performance.md says what (BENCH="switch relay" for some)
-	@for name in $(or $(BENCH),switch cli memory start lease relay); do \
+	@for name in $(or $(BENCH),switch cli memory start lease proxies); do \
 		$(BIN)/python -m bench.$$name $(if $(JSON),--json) || exit; done
 
 render: $(VENV)/.run     ## quadlet/ from etc/homegpt/config.yaml

@@ -311,6 +311,8 @@ async def read_body(request: web.BaseRequest, limit: int) -> bytes:
 
 async def _next_piece(request: web.BaseRequest) -> bytes:
     """Raises: Denied (408) where the client stops in the middle of its body."""
+    if request.content.is_eof():  # all of it is here, as with most requests: nothing to wait for
+        return request.content.read_nowait()
     try:
         async with asyncio.timeout(_PIECE_S):
             return await request.content.readany()
