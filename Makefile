@@ -45,7 +45,7 @@ soak: $(VENV)/.dev       ## a real daemon in all the trouble there is: make soak
 	@$(BIN)/python -m tests.soak $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES))
 
 bench: $(VENV)/.dev      ## measure: docs/performance.md says what (BENCH="switch relay" for some)
-	@for name in $(or $(BENCH),switch transfer forecast cli memory start lease relay); do \
+	@for name in $(or $(BENCH),switch transfer forecast cli memory start lease proxies); do \
 		$(BIN)/python -m bench.$$name $(if $(JSON),--json) || exit; done
 
 render: $(VENV)/.run     ## quadlet/ from etc/homegpt/config.yaml

@@ -1,17 +1,18 @@
 """An engine without a model, for measuring routers: it answers at once and streams on time.
 
-`python -m bench.upstream SOCKET`. It knows what the daemon asks of a vLLM server. A chat that
-streams gets `max_tokens` events of 240 bytes, 50 a second, one HTTP chunk each as uvicorn sends
-them; each carries the instant at which it was sent (`time.monotonic_ns`, one clock for all
-processes of a machine).
+`python -m bench.upstream SOCKET [--port PORT] [--model NAME]`. It knows what the daemon asks of a
+vLLM server. A chat that streams gets `max_tokens` events of 240 bytes, 50 a second, one HTTP chunk
+each as uvicorn sends them; each carries the instant at which it was sent (`time.monotonic_ns`, one
+clock for all processes of a machine). Bodies of any size are dropped but for their ends. GET
+/bench/left are the instants at which clients left in the middle of a stream.
 """
 
+import argparse
 import asyncio
 import json
 import random
 import re
 import signal
-import sys
 from time import monotonic_ns
 
 import uvloop
@@ -31,6 +32,8 @@ _EVENT = {
     "choices": [_TOKEN],
 }  # fmt: skip
 _START = b"data: " + json.dumps(_EVENT, separators=(",", ":")).encode()[:-1] + b',"t":'
+_KEPT = 1024
+"""Bytes of a large body's end that are looked at."""
 _TEXT = {
     "id": "1", "object": "chat.completion", "created": 1, "model": "a",
     "choices": [{
@@ -49,22 +52,27 @@ def frame() -> bytes:
 class Engine:
     """What the control calls remember."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: str) -> None:
         self.asleep = False
+        self.model = model
+        self.left: list[int] = []
 
     def answer(self, path: bytes) -> object:
         match path:
             case b"/version":
                 return {"version": "0.32.0"}
             case b"/v1/models":
-                return {"object": "list", "data": [{"id": "a", "max_model_len": 32768}]}
+                return {"object": "list", "data": [{"id": self.model, "max_model_len": 32768}]}
             case b"/is_sleeping":
                 return {"is_sleeping": self.asleep}
             case b"/sleep" | b"/wake_up":
                 self.asleep = path == b"/sleep"
                 return {"status": "sleeping" if self.asleep else "awake"}
+            case b"/bench/left":
+                left, self.left = self.left, []
+                return left
             case _:
-                return _TEXT
+                return _TEXT | {"served": self.model}
 
 
 class Connection(asyncio.Protocol):
@@ -73,24 +81,38 @@ class Connection(asyncio.Protocol):
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
-        self._buffer = b""
+        self._head = b""
+        self._tail = b""
+        self._missing = -1
+        """Bytes of the body that are still to come; -1: the head is not complete."""
         self._left = 0
         self._due = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._left:
+            self._engine.left.append(monotonic_ns())
+
     def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        head, end, rest = self._buffer.partition(b"\r\n\r\n")
-        found = LENGTH.search(head)
-        length = int(found[1]) if found else 0
-        if not end or len(rest) < length:
-            return
-        self._buffer = rest[length:]
-        path = head.split(b" ", 2)[1].partition(b"?")[0]
-        if path.startswith(b"/v1/chat") and _STREAM.search(rest):
-            self._begin(int(_COUNT.search(rest)[1]))
+        if self._missing < 0:
+            head, end, data = (self._head + data).partition(b"\r\n\r\n")
+            if not end:
+                self._head = head
+                return
+            found = LENGTH.search(head)
+            self._head, self._tail, self._missing = head, b"", int(found[1]) if found else 0
+        self._missing -= len(data)
+        self._tail = (self._tail + data[-_KEPT:])[-_KEPT:]
+        if self._missing <= 0:
+            self._missing = -1
+            head, self._head = self._head, b""
+            self._answer(head.split(b" ", 2)[1].partition(b"?")[0], self._tail)
+
+    def _answer(self, path: bytes, body: bytes) -> None:
+        if path.startswith(b"/v1/chat") and _STREAM.search(body):
+            self._begin(int(_COUNT.search(body)[1]))
         else:
             body = json.dumps(self._engine.answer(path)).encode()
             head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
@@ -114,15 +136,24 @@ class Connection(asyncio.Protocol):
             self._transport.write(frame() + b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
 
 
-async def serve(path: str) -> None:
-    loop, engine, stop = asyncio.get_running_loop(), Engine(), asyncio.Event()
+async def serve(asked: argparse.Namespace) -> None:
+    loop, stop, engine = asyncio.get_running_loop(), asyncio.Event(), Engine(asked.model)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    server = await loop.create_unix_server(lambda: Connection(engine), path, backlog=4096)
-    async with server:
+    async with await loop.create_unix_server(
+        lambda: Connection(engine), asked.socket, backlog=4096
+    ):
+        if asked.port:
+            await loop.create_server(
+                lambda: Connection(engine), "127.0.0.1", asked.port, backlog=4096
+            )
         await stop.wait()
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("socket")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--model", default="a")
     with asyncio.Runner(loop_factory=uvloop.Loop) as runner:
-        runner.run(serve(sys.argv[1]))
+        runner.run(serve(parser.parse_args()))

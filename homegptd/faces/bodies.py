@@ -263,6 +263,8 @@ def _invite(request: web.BaseRequest) -> None:
 async def _next_piece(request: web.BaseRequest) -> bytes:
     """Raises: Denied where the client stops in the middle of its body (408), or garbles it."""
     try:
+        if request.content.is_eof():  # all of it is here, as with most requests
+            return request.content.read_nowait()
         async with asyncio.timeout(_PIECE_S):
             return await request.content.readany()
     except TimeoutError:

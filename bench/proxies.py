@@ -1,0 +1,267 @@
+"""The router beside nginx, HAProxy, vllm-router and LiteLLM, in front of the same engine.
+
+The targets take turns in random order, round by round: the engine's socket itself ("direct"), the
+daemon with everything on, and each peer that is found (`bench/peers.py`). "added" is what a target
+takes more than direct in the same round. The CPU of a proxy is the kernel's own account
+(schedstat). Requests over one connection and 64 streams share one core with everything else; for
+more streams and for large bodies a proxy has a core of its own.
+"""
+
+import json
+import os
+import random
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+from bench import load, peers
+from bench.kit import (
+    MS,
+    US,
+    Http,
+    Report,
+    arguments,
+    cpu_s,
+    engine_socket,
+    memory_mb,
+    p50,
+    quantile,
+    scratch_box,
+)
+from bench.peers import Engine, Target
+from bench.upstream import EVENTS_PER_S
+from tests.e2e.harness import SimModel, free_port
+
+ROOT = Path(__file__).parents[1]
+OURS = "homegptd"
+HEAD = "router: {on_deadline: wait, max_body_mib: 128}\n"
+EVENTS = {64: 100, 256: 60, 1000: 50}
+"""Events of each stream, by the number of streams."""
+Rounds = dict[str, list[float]]
+"""By target, a figure for each round."""
+
+
+@dataclass
+class Measure:
+    """One column of figures; `goal` is what the daemon's may be at most, beside which peer."""
+
+    name: str
+    unit: str
+    goals: dict[str, float] = field(default_factory=dict)
+    added: bool = False
+    """Less what "direct" takes in the same round."""
+    found: Rounds = field(default_factory=dict)
+
+    def note(self, target: Target, value: float) -> None:
+        self.found.setdefault(target.name, []).append(value)
+
+    def of(self, name: str) -> list[float]:
+        mine, direct = self.found.get(name, []), self.found.get("direct", [])
+        if not self.added:
+            return mine
+        return [a - b for a, b in zip(mine, direct, strict=False)] if name != "direct" else []
+
+
+class Bench:
+    def __init__(
+        self, targets: list[Target], asked: Namespace, cores: list[int], door: Http
+    ) -> None:
+        self.targets, self.asked, self.cores, self.door = targets, asked, cores, door
+        self.lost: dict[str, int] = {}
+        self.wrong = 0
+        self.measures: dict[str, Measure] = {}
+
+    def run(self) -> None:
+        self._idle_and_per_stream()
+        for number in range(self.asked.rounds):
+            for step in (self._small, *map(self._streams, EVENTS), self._bodies, self._leaving):
+                for target in random.sample(self.targets, len(self.targets)):
+                    step(target)
+            print(f"round {number + 1} of {self.asked.rounds}", file=sys.stderr)
+
+    def _measure(self, name: str, unit: str, *, added: bool = False, **goals: float) -> Measure:
+        goals = {peer.replace("_", "-"): most for peer, most in goals.items()}
+        return self.measures.setdefault(name, Measure(name, unit, goals, added))
+
+    def _idle_and_per_stream(self) -> None:
+        """First, while no proxy has had a reason to keep memory."""
+        idle = self._measure("idle memory", "MB")
+        each = self._measure("memory per stream", "kB")
+        for target in self.targets:
+            if target.pid is None or target.slow:
+                continue
+            before = memory_mb(target.pid)["Rss"]
+            idle.note(target, before)
+            found = load.streams(target, 1000, 150)
+            each.note(target, (found.rss_mb - before) * 1e6 / 1000 / 1e3)
+
+    def _small(self, target: Target) -> None:
+        self._pin(own_core=False)
+        count = self.asked.requests // (50 if target.slow else 1)
+        before = _cpu_s(target)
+        took = load.small(target, count)
+        cpu = (_cpu_s(target) - before) / (count + 20)
+        name = "small POST, added p50"
+        goals = {"nginx": 6.0, "vllm_router": 1.5, "litellm": 1 / 200}
+        self._measure(name, "µs", added=True, **goals).note(target, p50(took) * US)
+        self._measure("small POST, CPU", "µs").note(target, cpu * US)
+
+    def _streams(self, count: int) -> Callable[[Target], None]:
+        def run(target: Target) -> None:
+            self._pin(own_core=count > 64)
+            if target.slow and count > 64:
+                return
+            events = EVENTS[count] // (5 if target.slow else 1)
+            before = _cpu_s(target)
+            found = load.streams(target, count, events)
+            cpu = (_cpu_s(target) - before) / (count * events)
+            name = f"{count} streams"
+            goals = {"nginx": 2.0} if count == 64 else {"nginx": 1.3, "vllm_router": 0.9}
+            delay = {"nginx": 1.3} if count > 64 else {}
+            self._measure(f"{name}, CPU per event", "µs", **goals).note(target, cpu * US)
+            if found.delays_ns:
+                late = self._measure(f"{name}, added delay p50", "µs", added=True, **delay)
+                late.note(target, p50(found.delays_ns) / 1e3)
+                self._measure(f"{name}, delay p90", "µs").note(
+                    target, quantile(found.delays_ns, 0.9) / 1e3
+                )
+            lost = count * events - found.events + count - found.complete
+            self.lost[target.name] = self.lost.get(target.name, 0) + lost
+            if count == 1000:
+                rate = found.events / found.took_s
+                self._measure("1000 streams, events/s", "1/s").note(target, rate)
+
+        return run
+
+    def _bodies(self, target: Target) -> None:
+        self._pin(own_core=True)
+        for mb, most in ((10, 0.9), (100, 0.7)):
+            if target.slow and mb == 100:
+                continue
+            took = []
+            for _ in range(3 if mb == 10 else 1):
+                with suppress(ConnectionError):  # that it fails is told by the missing figure
+                    seconds, served = load.big(target, mb)
+                    took.append(seconds)
+                    self.wrong += served != "a"
+            if target.name == OURS:
+                _, served = load.big(target, mb, "b")
+                self.wrong += served != "b"
+            if took:
+                name = f"{mb} MB body, added"
+                measure = self._measure(name, "ms", added=True, vllm_router=most)
+                measure.note(target, min(took) * MS)
+
+    def _leaving(self, target: Target) -> None:
+        self._pin(own_core=False)
+        if target.pid is None or target.slow:
+            return
+        took = []
+        for _ in range(10):
+            left = load.hang_up(target)
+            heard: list[int] = []
+            while not heard:
+                heard = _left(self.door)
+            took.append((heard[0] - left) / 1e6)
+        self._measure("client leaves, engine knows", "ms").note(target, p50(took))
+
+    def _pin(self, *, own_core: bool) -> None:
+        """Everything on the last core, or the proxies on the first."""
+        for target in self.targets:
+            for task in Path(f"/proc/{target.pid}/task").glob("*") if target.pid else ():
+                with suppress(ProcessLookupError):
+                    os.sched_setaffinity(int(task.name), {self.cores[0 if own_core else -1]})
+
+    def report(self) -> Report:
+        names = [target.name for target in self.targets if target.name != "direct"]
+        report = Report("proxies", ("", *names, "÷ nginx", "÷ vllm-router", "÷ LiteLLM"))
+        for measure in self.measures.values():
+            cells = [_median(measure.of(name)) for name in names]
+            ratios = [_ratio(measure, peer) for peer in ("nginx", "vllm-router", "litellm")]
+            report.add(f"{measure.name}, {measure.unit}", *cells, *ratios)
+        report.add("events and streams lost", *(self.lost.get(name, 0) for name in names), *"---")
+        versions = ", ".join(target.version for target in self.targets if target.version)
+        report.notes += [
+            f"{self.asked.rounds} rounds: medians; ratios are of {OURS}, the median of those inside"
+            " the rounds with the smallest and the largest.",
+            f"{EVENTS_PER_S} events a second and stream. CPU is for one request or one event."
+            f" Bodies answered by the wrong model: {self.wrong}.",
+            f"{versions}.",
+        ]
+        report.notes += [f"missed: {text}" for text in self._missed()]
+        return report
+
+    def _missed(self) -> list[str]:
+        found = []
+        for measure in self.measures.values():
+            for peer, most in measure.goals.items():
+                ratios = _ratios(measure, peer)
+                if ratios and median(ratios) > most:
+                    text = f"{measure.name}: {median(ratios):.3g} times {peer}, goal {most:.3g}"
+                    found.append(text)
+        return found
+
+
+def _cpu_s(target: Target) -> float:
+    return cpu_s(target.pid) if target.pid else 0.0
+
+
+def _left(door: Http) -> list[int]:
+    door.request("GET", "/bench/left")
+    return list(json.loads(door.getresponse().read()))
+
+
+def _median(values: list[float]) -> float | str:
+    return median(values) if values else "-"
+
+
+def _ratios(measure: Measure, peer: str) -> list[float]:
+    pairs = zip(measure.of(OURS), measure.of(peer), strict=False)
+    return sorted(a / b for a, b in pairs if b > 0)
+
+
+def _ratio(measure: Measure, peer: str) -> str:
+    """Median of the ratios inside the rounds, with the smallest and the largest."""
+    found = _ratios(measure, peer)
+    if not found:
+        return "-"
+    return f"{median(found):.2g} ({found[0]:.2g}-{found[-1]:.2g})"
+
+
+def main() -> None:
+    asked = arguments(__doc__, rounds=3, requests=1000)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[-1]})  # the engine, which the daemon starts, inherits it
+    os.environ["PYTHONPATH"] = str(ROOT)
+    with ExitStack() as stack:
+        port = free_port()
+        models = [
+            SimModel(name, "active", awake_gb=30, command=_command(name, more))
+            for name, more in (("a", ("--port", str(port))), ("b", ()))
+        ]
+        box = stack.enter_context(scratch_box(*models, head=HEAD))
+        daemon = stack.enter_context(box.daemon())
+        daemon.ready()
+        engine = Engine(engine_socket(box, "a"), port)
+        targets = [Target("direct", engine.socket, None)]
+        for peer in peers.ALL.values():
+            target = stack.enter_context(peer(box.root, engine))
+            targets += [target] if target else []
+        targets.append(Target(OURS, box.port, daemon.process.pid))
+        bench = Bench(targets, asked, cores, Http(engine.socket))
+        bench.run()
+        report = bench.report()
+    report.show(as_json=asked.json)
+
+
+def _command(model: str, more: tuple[str, ...]) -> str:
+    words = [sys.executable, "-m", "bench.upstream", "{socket}", "--model", model, *more]
+    return "[" + ", ".join(f"'{word}'" for word in words) + "]"
+
+
+if __name__ == "__main__":
+    main()
