@@ -21,10 +21,11 @@ ASK: dict[str, Any] = {
 
 
 async def test_what_waits_over_a_stop_is_answered_by_the_next_daemon(box: Box) -> None:
-    """Told to come again in so many seconds, the SDKs do, on their default of two retries."""
+    """Told to come again in so many seconds, the SDKs do. With this backend nobody keeps the
+    sockets over a restart, so that a connection may be refused too: hence more tries than two."""
     configure_sim(box, "a", "b")
-    openai_client = AsyncOpenAI(base_url=f"{box.url}/v1", api_key="x")
-    anthropic_client = AsyncAnthropic(base_url=box.url, api_key="x")
+    openai_client = AsyncOpenAI(base_url=f"{box.url}/v1", api_key="x", max_retries=8)
+    anthropic_client = AsyncAnthropic(base_url=box.url, api_key="x", max_retries=8)
     async with openai_client, anthropic_client, asyncio.TaskGroup() as group:
         with box.daemon() as daemon:
             daemon.ready()
