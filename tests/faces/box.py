@@ -163,7 +163,7 @@ async def running(
             phases.get(name, Awake(now)),
             TRAITS,
             enabled=name not in disabled,
-            timings=timings or {},
+            took={act: (seconds,) * 9 for act, seconds in (timings or {}).items()},
         )
         for name in addresses
     }
