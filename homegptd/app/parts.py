@@ -52,15 +52,18 @@ def clients(
 
 
 def first_state(setup: Setup, store: Store) -> State:
-    """Everything down, with what this box has learnt about how long things take."""
+    """Everything down, with what this box has learnt about how long things take and how large
+    they are."""
     state = initial(setup.specs, setup.policy, dict(setup.gpus), setup.host_mib)
     timings: dict[ModelId, dict[str, float]] = {}
     for (model, act), seconds in store.durations().items():
         timings.setdefault(model, {})[act] = median(seconds)
-    engines: dict[ModelId, Engine] = {
-        name: replace(engine, timings=timings.get(name, {}))
-        for name, engine in state.engines.items()
-    }
+    engines: dict[ModelId, Engine] = {}
+    for name, engine in state.engines.items():
+        version, figures = store.newest_figures(name, engine.spec.fingerprint)
+        engines[name] = replace(
+            engine, timings=timings.get(name, {}), measured=figures, measured_with=version
+        )
     return replace(state, engines=engines)
 
 

@@ -12,6 +12,7 @@ from .schema import (
     RouterConfig,
     SecretsConfig,
     SwitchingConfig,
+    Trust,
     WebuiConfig,
 )
 from .table import Table
@@ -42,6 +43,7 @@ PATH = matching(r"/.*", "an absolute path")
 DEADLINE: Reader[DeadlinePolicy] = choice(
     {"auto": "auto", "freeze": "freeze", "wait": "wait", "cut": "cut"}
 )
+TRUST: Reader[Trust] = choice({"measured": "measured", "configured": "configured"})
 BACKEND: Reader[BackendName] = choice({"process": "process", "systemd": "systemd"})
 
 

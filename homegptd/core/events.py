@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from .memory import Held, Seen
 from .model import (
     EngineSpec,
     Exit,
     Failure,
-    Freed,
     Gpu,
     ModelId,
     Operation,
@@ -51,21 +51,32 @@ class StartEnded:
     order: OrderId
     traits: Traits | None = None
     failure: Failure | None = None
+    before: Held | None = None
+    after: Held | None = None
+    """What it held when it was up, as far as anything measures."""
+    crowded: Seen | None = None
+    """Nothing was begun: this is what was seen of the memory, and it did not suffice."""
 
 
 @dataclass(frozen=True, slots=True)
 class WakeEnded:
+    """`before`, `after` and `crowded` as for a start."""
+
     model: ModelId
     order: OrderId
     failure: Failure | None = None
+    before: Held | None = None
+    after: Held | None = None
+    crowded: Seen | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SleepEnded:
     model: ModelId
     order: OrderId
-    freed: Freed | None = None
     failure: Failure | None = None
+    before: Held | None = None
+    after: Held | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +131,13 @@ class ConfigChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class MemorySeen:
+    """Somebody looked at the cards and at the host's RAM, and it was not what it had been."""
+
+    seen: Seen
+
+
+@dataclass(frozen=True, slots=True)
 class ShutdownAsked:
     pass
 
@@ -142,6 +160,7 @@ Event = (
     | EngineDied
     | Observed
     | ConfigChanged
+    | MemorySeen
     | ShutdownAsked
     | TimePassed
 )

@@ -7,7 +7,7 @@ After each event the machine pursues its goals until nothing more can be done no
 from dataclasses import replace
 from typing import assert_never
 
-from . import results
+from . import figures, foreign, results
 from .draft import Draft, Outcome
 from .drains import ASK_AGAIN_S
 from .events import (
@@ -15,6 +15,7 @@ from .events import (
     ConfigChanged,
     EngineDied,
     Event,
+    MemorySeen,
     Observed,
     OperationAsked,
     ProveEnded,
@@ -98,6 +99,8 @@ def _apply(d: Draft, event: Event) -> None:
             _observe(d, event)
         case ConfigChanged():
             _reconfigure(d, event)
+        case MemorySeen(seen):
+            foreign.see(d, seen)
         case ShutdownAsked():
             _shut_down(d)
         case TimePassed():
@@ -175,7 +178,7 @@ def _ask(d: Draft, operation: Operation) -> None:
     elif operation.act is Act.STOP:
         _forget(d, engine, operation)
     elif operation.act is not Act.SLEEP:
-        d.put(replace(engine, enabled=True, keep_loaded=True, failures=0, unproved={}))
+        d.put(replace(engine, enabled=True, keep_loaded=True, failures=0, unproved={}, hoards=0))
         if operation.act is Act.START and not isinstance(engine.phase, Down | Stopping):
             d.finish(operation, f"{operation.model} is up already")
 
@@ -328,7 +331,8 @@ def _restart_with(d: Draft, engine: Engine, spec: EngineSpec) -> None:
     )
     match engine.phase:
         case Down():
-            d.put(replace(changed, spec=spec, phase=Down(d.now), renew=False, next_spec=None))
+            fresh = figures.configured(changed, spec)
+            d.put(replace(fresh, phase=Down(d.now), renew=False, next_spec=None))
         case Stopping() as phase:
             phase = replace(phase, failure=None, retry_at=None)
             d.put(replace(changed, phase=phase, renew=True, next_spec=spec))

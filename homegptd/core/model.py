@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import NewType
 
+from .memory import Figures, Foreign, Kind
+from .memory import Gpu as Gpu
 from .refusals import Refusal
 
 ModelId = NewType("ModelId", str)
 TicketId = NewType("TicketId", int)
 OperationId = NewType("OperationId", int)
 OrderId = NewType("OrderId", int)
-Gpu = NewType("Gpu", int)
 
 
 class SleepLevel(IntEnum):
@@ -75,13 +76,6 @@ class Running:
 
 
 @dataclass(frozen=True, slots=True)
-class Freed:
-    """What a sleep gave back, as far as it was measured; None where nothing measures."""
-
-    gpu_mib: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Traits:
     """What a running engine said and proved about itself."""
 
@@ -96,6 +90,8 @@ class Traits:
     """Where the server can tell (its sleep gauge, 0.12+); None: unknown, or awake."""
     proofs: Mapping[Proof, bool] = field(default_factory=dict)
     """Proofs of this model with this image and these flags; absent: not tried yet."""
+    figures: Figures = field(default_factory=dict)
+    """What was measured of it in earlier lives with this image and these flags."""
 
 
 # ---------------------------------------------------------------- what is given
@@ -115,6 +111,12 @@ class EngineSpec:
     """Host RAM pinned by the first sleep at level 1 and kept until the process ends."""
     host_mib: int
     """Host RAM of the processes beside that."""
+    pinned_margin_mib: int = 0
+    """Charged on top of `pinned_mib` until it is measured: vLLM rounds up."""
+    estimated: frozenset[Kind] = frozenset()
+    """Which of these figures nobody gave."""
+    trust_given: bool = False
+    """What was given stands, whatever is measured."""
     startup: Startup = Startup.SLEEP
     level: SleepLevel | None = None
     """As configured; None: the policy's default, which the ledger may lower."""
@@ -149,6 +151,8 @@ class Policy:
     """What failed is loaded again in the place of an engine that was quiet for this long."""
     backoff_s: float = 5.0
     backoff_max_s: float = 300.0
+    leak_mib: int = 512
+    """Growth of a residue since the first sleep of an engine's life after which it is renewed."""
     max_failures: int = 5
     """Failures in a row after which only an operator starts the engine again."""
 
@@ -295,6 +299,14 @@ class Engine:
     """Typical seconds of `start`, `sleep-1`, `sleep-2`, `wake-1`, `wake-2` on this box."""
     unproved: Mapping[Proof, str] = field(default_factory=dict)
     """Proofs that failed, and how."""
+    measured: Figures = field(default_factory=dict)
+    measured_with: str = ""
+    """The version of vLLM that `measured` holds for."""
+    first_residue: Mapping[Gpu, int] = field(default_factory=dict)
+    """After the first sleep of this incarnation, in MiB: what leaks shows against it."""
+    last_residue: Mapping[Gpu, int] = field(default_factory=dict)
+    hoards: int = 0
+    """Sleeps in a row that gave too little back."""
     no_room: Failure | None = None
     """Why it can never come up beside what is pinned, since it was last tried."""
 
@@ -372,6 +384,10 @@ class State:
     """Budget of each GPU in MiB."""
     host_mib: int = 0
     """Budget of host RAM for engines."""
+    foreign: Mapping[Gpu, Foreign] = field(default_factory=dict)
+    """What the books miss: held by others, or by engines beyond their figures."""
+    pressure: float = 0.0
+    """Share of the last 10 s in which some task waited for host memory, 0 to 100."""
     waiting: tuple[Ticket, ...] = ()
     """In order of arrival."""
     granted: Mapping[TicketId, Ticket] = field(default_factory=dict)

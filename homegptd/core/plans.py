@@ -68,10 +68,13 @@ def rests_at(
     engines: Mapping[ModelId, Engine], model: ModelId, level: SleepLevel, limit: Books
 ) -> bool:
     """Whether host RAM has room for `model` asleep at `level` once all orders have ended."""
+    need = ledger.asleep(engines[model], level)[ledger.HOST]
+    if need <= ledger.charge(engines[model])[ledger.HOST]:
+        return True  # it takes no more than it has
     others = sum(
         ledger.eventual(engine)[ledger.HOST] for name, engine in engines.items() if name != model
     )
-    return others + ledger.asleep(engines[model], level)[ledger.HOST] <= limit[ledger.HOST]
+    return others + need <= limit[ledger.HOST]
 
 
 def worth_proving(engine: Engine, policy: Policy) -> bool:
@@ -107,8 +110,7 @@ def make_room(
     Counts with what the orders in flight will leave behind. Explores partial choices in the order
     of their cost, so the first complete one that fits is the best.
     """
-    limit = ledger.budget(state)
-    need = ledger.awake(state.engines[target])
+    limit, need = ledger.room_for(state, target), ledger.awake(state.engines[target])
     choices = [
         (name, [_Choice(0.0, ledger.eventual(engine), displaces=False)])
         for name, engine in state.engines.items()

@@ -6,7 +6,7 @@ different GPUs go on side by side and those on the same GPU one after the other.
 
 from dataclasses import dataclass, field, replace
 
-from . import ledger, plans, results
+from . import foreign, ledger, plans, results
 from .admission import turn_away
 from .draft import Draft
 from .drains import Resting, drain_s, progress
@@ -55,6 +55,7 @@ def pursue(d: Draft) -> None:
         d.changed = False  # grants come before the goals of the same pass
         if not d.booted and not d.chores and not d.stopping:
             d.booted = True
+        foreign.renew_leaking(d)
         d.chores.extend(restores(d))
         _Pass(d).run()
         if not d.changed:
@@ -246,7 +247,7 @@ class _Pass:
         self._remember(goal, displaced)
         for name, level in displaced.items():
             self._displace(goal, d.engines[name], level)
-        fits = ledger.fits_now(d.engines, goal.model, ledger.budget(d.state()))
+        fits = ledger.fits_now(d.engines, goal.model, ledger.room_for(d.state(), goal.model))
         if not displaced and d.quiet(gpus) and fits:
             if isinstance(engine.phase, Asleep):
                 d.wake(goal.model, engine.phase)

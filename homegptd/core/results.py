@@ -5,6 +5,7 @@ A result counts only if it belongs to the order that the engine's phase is waiti
 
 from dataclasses import replace
 
+from . import figures, foreign
 from .draft import Draft
 from .events import (
     EngineDied,
@@ -48,6 +49,10 @@ def start_ended(d: Draft, event: StartEnded) -> None:
     engine = _awaited(d, event.model, event.order, Starting)
     if engine is None:
         return
+    if event.crowded is not None:
+        d.phase(event.model, Down(d.now))
+        foreign.see(d, event.crowded, barred=event.model)
+        return
     if event.failure is not None or event.traits is None:
         _fail(d, engine, event.failure or Failure("it did not say what it is"), again_at_once=False)
         return
@@ -55,7 +60,10 @@ def start_ended(d: Draft, event: StartEnded) -> None:
     timed = engine if adopted else _timed(d, engine, "start")
     phase = _found_phase(d, event.traits)
     pinned = may_have_pinned(event.traits) if adopted else isinstance(phase, Asleep)
-    d.put(replace(timed, traits=event.traits, phase=phase, holds_pinned=pinned, no_room=None))
+    known = figures.identified(timed, event.traits)
+    if not adopted:
+        known = figures.started(known, event.before, event.after)
+    d.put(replace(known, phase=phase, holds_pinned=pinned, no_room=None))
     d.watch(event.model)
 
 
@@ -63,13 +71,23 @@ def wake_ended(d: Draft, event: WakeEnded) -> None:
     engine = _awaited(d, event.model, event.order, Waking)
     if engine is None or not isinstance(engine.phase, Waking):
         return
+    if event.crowded is not None:
+        _back_to_sleep(d, engine, engine.phase)
+        foreign.see(d, event.crowded, barred=event.model)
+        return
     if event.failure is not None:
         _fail(d, engine, event.failure)
         return
     frozen = engine.phase.frozen
     awake = Awake(d.now, leases=frozen, idle_since=None if frozen else d.now)
     timed = _timed(d, engine, f"wake-{engine.phase.level}")
+    timed = figures.woke(timed, event.before, event.after)
     d.put(replace(timed, phase=awake, last_used=d.now, no_room=None))
+
+
+def _back_to_sleep(d: Draft, engine: Engine, phase: Waking) -> None:
+    until = d.now + d.policy.freeze_max_s if phase.frozen else None
+    d.phase(engine.spec.model, Asleep(phase.level, d.now, phase.frozen, until))
 
 
 def sleep_ended(d: Draft, event: SleepEnded) -> None:
@@ -79,10 +97,17 @@ def sleep_ended(d: Draft, event: SleepEnded) -> None:
     if event.failure is not None:
         _fail(d, engine, event.failure)
         return
+    why = figures.hoarded(engine, event.before, event.after)
+    if why is not None:
+        d.put(replace(engine, hoards=engine.hoards + 1))
+        text = f"vLLM says that it sleeps, but only {why}"
+        _fail(d, d.engines[event.model], Failure(text, f"homegptctl logs {event.model}"))
+        return
     level, frozen = engine.phase.level, engine.phase.frozen
     until = d.now + d.policy.freeze_max_s if frozen else None
     asleep = Asleep(level, d.now, frozen, until)
-    d.put(replace(_timed(d, engine, f"sleep-{level}"), phase=asleep))
+    timed = _timed(d, engine, f"sleep-{level}")
+    d.put(replace(figures.slept(timed, event.before, event.after), phase=asleep))
 
 
 def stop_ended(d: Draft, event: StopEnded) -> None:
@@ -94,10 +119,10 @@ def stop_ended(d: Draft, event: StopEnded) -> None:
         d.phase(event.model, replace(engine.phase, order=None, again_at=again))
         return
     down = Down(d.now, engine.phase.failure, engine.phase.retry_at)
+    ended = figures.renewed(_timed(d, engine, "stop"))
     d.put(
         replace(
-            _timed(d, engine, "stop"),
-            spec=engine.next_spec or engine.spec,
+            figures.configured(ended, engine.next_spec or engine.spec),
             phase=down,
             traits=None,
             holds_pinned=False,
@@ -163,9 +188,8 @@ def _adopt(d: Draft, engine: Engine, found: Found) -> None:
     phase = _found_phase(d, found.traits)
     d.put(
         replace(
-            engine,
+            figures.identified(engine, found.traits),
             phase=phase,
-            traits=found.traits,
             incarnation=engine.incarnation + 1,
             holds_pinned=may_have_pinned(found.traits),
             enabled=True,

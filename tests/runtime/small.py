@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 from homegptd.core.events import Event
 from homegptd.core.machine import initial
+from homegptd.core.memory import Figures
 from homegptd.core.model import (
     Awake,
     Engine,
     EngineSpec,
     Exit,
-    Freed,
     Gpu,
     ModelId,
     Policy,
@@ -65,12 +65,11 @@ class SmallEngine:
             self.canary_reference = f"{self.name} sings"
         return Traits("0.32.0", frozenset({SleepLevel.ONE}), asleep=self.asleep)
 
-    async def sleep(self, level: SleepLevel, mode: SleepMode) -> Freed:
+    async def sleep(self, level: SleepLevel, mode: SleepMode) -> None:
         await self._does("sleep", 1000.0 if self.hung else SLEEP_S)
         if not self.up:  # a zombie never answers a call that is out
             await asyncio.get_running_loop().create_future()
         self.asleep = True
-        return Freed()
 
     async def wake(self, level: SleepLevel, *, frozen: bool) -> None:
         await self._does("wake", WAKE_S)
@@ -145,6 +144,7 @@ class SmallStore:
         self.known: dict[tuple[ModelId, str, Proof], tuple[bool, str]] = {}
         self.took: list[tuple[ModelId, str, float]] = []
         self.canaries: dict[tuple[ModelId, str], str] = {}
+        self.learnt: dict[tuple[ModelId, str], Figures] = {}
 
     def canary(self, model: ModelId, key: str) -> str | None:
         return self.canaries.get((model, key))
@@ -159,6 +159,12 @@ class SmallStore:
         self, model: ModelId, key: str, proof: Proof, *, holds: bool, detail: str
     ) -> None:
         self.known[model, key, proof] = (holds, detail)
+
+    def figures(self, model: ModelId, key: str) -> Figures:
+        return self.learnt.get((model, key), {})
+
+    def remember_figures(self, model: ModelId, key: str, figures: Figures) -> None:
+        self.learnt[model, key] = figures
 
     def durations(self) -> Mapping[tuple[ModelId, str], Sequence[float]]:
         return {}

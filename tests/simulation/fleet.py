@@ -95,10 +95,10 @@ def draw_contended(rng: Random) -> Fleet:
             spec, startup=Startup.SLEEP, drain_s=None, on_deadline=None, auto_switch=True
         )
         models.append(replace(model, spec=spec, levels=frozenset(SleepLevel)))
-    ram = sum(m.spec.pinned_mib + m.spec.host_mib for m in models) + GIB
+    ram = sum(m.spec.pinned_mib * 1.02 + m.spec.host_mib * 1.125 for m in models) + GIB
     share = rng.choice((0.1, 0.2, 0.3))
     policy = Policy(switch_share=share, drain_s=rng.choice((5.0, 30.0)), max_wait_s=36000.0)
-    return Fleet(gpus, ram, tuple(models), (), policy, Mood(), contended=True)
+    return Fleet(gpus, round(ram), tuple(models), (), policy, Mood(), contended=True)
 
 
 def _gpus(rng: Random) -> dict[Gpu, int]:

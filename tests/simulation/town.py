@@ -7,7 +7,8 @@ import sys
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from random import Random
 from statistics import median
@@ -27,13 +28,14 @@ from homegptd.core.model import (
 from homegptd.core.story import Line, summary
 from homegptd.runtime.bootstrap import observe
 from homegptd.runtime.heartbeat import Heartbeat
+from homegptd.runtime.measuring import watch
 from homegptd.runtime.orders import Limits, Orders
 from homegptd.sim.physics import Box
 from tests.runtime.jumping import run
 
 from . import fleet as fleets
 from .clients import HOUR, Clients, Habits
-from .engines import Engines, Machines, Store, Units
+from .engines import VERSION, Engines, Machines, Meter, Store, Units
 from .fleet import START_LIMIT_S, Fleet, Model, Mood
 from .promises import PROBE_S, Count, Judge, Watched, wait_bound_s
 
@@ -248,6 +250,7 @@ class Town:
             self.store,
             start_limit_s=lambda model: START_LIMIT_S,
             limits=Limits(probe_s=PROBE_S),
+            meter=Meter(self.machines),
         )
         state = self._first_state()
         self.judge.new_life()
@@ -256,7 +259,7 @@ class Town:
         self._end_of_life = self.loop.create_future()
         self.scheduler = scheduler
         notes = Notes()
-        async with scheduler.running():
+        async with scheduler.running(), self._memory_watched(scheduler):
             heart = Heartbeat(notes, lambda: scheduler.state, summary)
             with scheduler.watched(self._lines), scheduler.watched(heart.tell):
                 self._up.set()
@@ -275,6 +278,14 @@ class Town:
         scheduler.die()
         self.clients.daemon_was_killed()
         return how
+
+    @asynccontextmanager
+    async def _memory_watched(self, scheduler: Watched) -> AsyncIterator[None]:
+        looks = watch(Meter(self.machines), lambda: scheduler.state, scheduler.post)
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(looks, name="memory")
+            yield
+            task.cancel()
 
     def _check_readies(self, scheduler: Watched, notes: Notes) -> None:
         if notes.readies != scheduler.state.booted and not scheduler.state.stopping:
@@ -296,7 +307,12 @@ class Town:
         for (model, act), seconds in self.store.durations().items():
             timings.setdefault(model, {})[act] = median(seconds)
         engines = {
-            name: replace(engine, timings=timings.get(name, {}))
+            name: replace(
+                engine,
+                timings=timings.get(name, {}),
+                measured=self.store.figures(name, f"{engine.spec.fingerprint}/{VERSION}"),
+                measured_with=VERSION,
+            )
             for name, engine in state.engines.items()
         }
         return replace(state, engines=engines)
