@@ -110,6 +110,7 @@ class Daemon:
             kinds=self.setup.kinds,
             logs=self._logs,
             reload=self._reload,
+            meter=self.meter,
         )
         self.notifier = Notifier()
         self.stop_asked = asyncio.Event()
@@ -171,7 +172,9 @@ class Daemon:
 
     async def _begin(self) -> None:
         try:
-            found = await observe(self.backend.units, self.engines, self.orders.identify)
+            found = await observe(
+                self.backend.units, self.engines, self.orders.identify, self.meter
+            )
         except Fault as fault:
             raise CannotServe(fault.message, fault.hint) from fault
         self.scheduler.post(found)

@@ -96,6 +96,8 @@ class ProveEnded:
     holds: bool
     detail: str = ""
     failure: Failure | None = None
+    after: Held | None = None
+    """What it holds when it is awake again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,7 @@ class Found:
     """An engine that ran before we did. `traits` is None if it does not answer yet."""
 
     traits: Traits | None = None
+    held: Held | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +137,11 @@ class ConfigChanged:
 class MemorySeen:
     """Somebody looked at the cards and at the host's RAM, and it was not what it had been."""
 
-    seen: Seen
+    missing: Mapping[Gpu, int]
+    """MiB that are neither on the books nor free, seen twice in a row."""
+    strangers: Mapping[Gpu, str] = field(default_factory=dict)
+    """Who else holds memory there."""
+    pressure: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

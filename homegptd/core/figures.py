@@ -86,6 +86,17 @@ def started(engine: Engine, before: Held | None, after: Held | None) -> Engine:
     return replace(engine, measured=learnt)
 
 
+def adopted(engine: Engine, held: Held | None) -> Engine:
+    """Found running, awake or asleep; what it has pinned nobody knows."""
+    if held is None:
+        return engine
+    learnt, asleep = dict(engine.measured), engine.traits is not None and engine.traits.asleep
+    _learn(engine, learnt, Kind.RESIDUE if asleep else Kind.AWAKE, held.gpu_mib, held.at)
+    _pinned(engine, learnt, None, held)
+    left = {gpu: held.gpu_mib[gpu] for gpu in engine.spec.gpus if asleep and gpu in held.gpu_mib}
+    return replace(engine, measured=learnt, first_residue=left, last_residue=left)
+
+
 def woke(engine: Engine, before: Held | None, after: Held | None) -> Engine:
     if after is None:
         return engine
@@ -175,14 +186,24 @@ def _pinned(engine: Engine, learnt: _Learnt, before: Held | None, after: Held) -
     At level 1 the weights lie in host RAM, so less than half of them cannot be: then the driver
     keeps the pages where the kernel counts them for nobody, and the fall of MemAvailable has to do.
     """
+    if after.host_mib is None:
+        return
     host = learnt.get((Kind.HOST, HOST))
-    if not engine.holds_pinned or after.host_mib is None or host is None:
+    if host is None or not engine.holds_pinned:
+        _more_host(engine, learnt, after.host_mib, after.at)
         return
     mib, least = after.host_mib - host.mib, engine.spec.pinned_mib // 2
     if mib < least and (Kind.PINNED, HOST) not in learnt and before is not None:
         mib = max(mib, before.free_mib.get(HOST, 0) - after.free_mib.get(HOST, 0))
     if mib >= least:
         _fold(learnt, Kind.PINNED, HOST, mib, after.at)
+
+
+def _more_host(engine: Engine, learnt: _Learnt, mib: int, at: float) -> None:
+    """It holds more than is charged for all of it: then its processes are larger than thought."""
+    pinned = figure(engine, Kind.PINNED) if engine.holds_pinned else Figure(0, Source.ESTIMATED)
+    if mib > figure(engine, Kind.HOST).charged_mib + pinned.charged_mib:
+        _fold(learnt, Kind.HOST, HOST, mib - pinned.mib, at)
 
 
 def _known(engine: Engine, kind: Kind) -> dict[Gpu, int]:

@@ -4,6 +4,7 @@ A card has less free memory than the books say when somebody else uses it, or wh
 more than its figures. Either way it is not there for a wake, so it is charged as foreign.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from . import figures, ledger
@@ -31,37 +32,32 @@ AT_ONCE = 4
 """So many times what may leak, and the engine is renewed even while others wait."""
 
 
-def see(d: Draft, seen: Seen, *, barred: ModelId | None = None) -> None:
-    """Charge what is missing. `barred`: who was not started or woken for it; then every MiB counts,
-    or the same order would be given again at once."""
-    d.pressure = seen.pressure
+def see(d: Draft, missing: Mapping[Gpu, int], strangers: Mapping[Gpu, str]) -> None:
+    """Charge what is missing."""
     new, less = dict(d.foreign), False
-    for place, missing in _missing(d, seen, barred).items():
+    for place, mib in missing.items():
         known = d.foreign.get(place, Foreign(0))
-        if missing == known.mib or (barred is None and abs(missing - known.mib) <= NOISE_MIB):
-            continue
-        less = less or missing < known.mib
-        new[place] = Foreign(missing, seen.strangers.get(place, ""))
+        if abs(mib - known.mib) > NOISE_MIB or (known.mib and not mib):
+            less = less or mib < known.mib
+            new[place] = Foreign(mib, strangers.get(place, ""))
     d.foreign = {place: foreign for place, foreign in new.items() if foreign.mib}
     if less:
         _try_again(d)
 
 
-def better(one: Seen, other: Seen) -> Seen:
-    """Of two looks in a row: the most that was free, and the newest of the rest."""
-    cards = {
-        gpu: min(card, one.cards.get(gpu, card), key=lambda c: c.used_mib)
-        for gpu, card in other.cards.items()
-    }
-    ram = [r for r in (one.available_mib, other.available_mib) if r is not None]
-    return replace(other, cards=cards, available_mib=max(ram, default=None))
+def bar(d: Draft, model: ModelId, seen: Seen) -> None:
+    """`model` was not started or woken for want of memory. Every MiB counts, or the same order
+    would be given again at once."""
+    for place, mib in missing(d.state(), seen, barred=model).items():
+        if mib > 0:
+            d.foreign = {**d.foreign, place: Foreign(mib, seen.strangers.get(place, ""))}
 
 
-def is_news(state: State, seen: Seen) -> bool:
-    """Whether `see` would change anything that matters."""
+def is_news(state: State, missing: Mapping[Gpu, int], pressure: float) -> bool:
+    """Whether it would change anything that matters."""
     d = Draft(state, 0.0)
-    see(d, seen)
-    pressed = (seen.pressure >= PRESSED) is not (state.pressure >= PRESSED)
+    see(d, missing, {})
+    pressed = (pressure >= PRESSED) is not (state.pressure >= PRESSED)
     return pressed or d.foreign != state.foreign
 
 
@@ -84,13 +80,16 @@ def bare(engine: Engine) -> Engine:
     return replace(engine, measured=exact, spec=replace(engine.spec, trust_given=False))
 
 
-def _missing(d: Draft, seen: Seen, barred: ModelId | None) -> dict[Gpu, int]:
-    """For each place what is neither on the books nor free."""
-    engines = {**d.engines}
-    if barred in engines:
+def missing(state: State, seen: Seen, *, barred: ModelId | None = None) -> dict[Gpu, int]:
+    """For each place what is neither on the books nor free.
+
+    An order in flight is charged with the most it can hold, so while it moves memory too little
+    is missing rather than too much; what an engine gave back may show a little late."""
+    engines = dict(state.engines)
+    if barred is not None and barred in engines:
         engines[barred] = bare(engines[barred])
     used = ledger.total(ledger.charge(engine) for engine in engines.values())
-    given = {**d.gpus, HOST: d.host_mib}
+    given = {**state.gpus, HOST: state.host_mib}
     free = seen.free_mib
     return {
         place: max(0, given[place] - used[place] - free[place]) for place in given if place in free

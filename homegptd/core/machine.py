@@ -99,8 +99,9 @@ def _apply(d: Draft, event: Event) -> None:
             _observe(d, event)
         case ConfigChanged():
             _reconfigure(d, event)
-        case MemorySeen(seen):
-            foreign.see(d, seen)
+        case MemorySeen(missing, strangers, pressure):
+            d.pressure = pressure
+            foreign.see(d, missing, strangers)
         case ShutdownAsked():
             _shut_down(d)
         case TimePassed():

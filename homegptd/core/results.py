@@ -51,7 +51,7 @@ def start_ended(d: Draft, event: StartEnded) -> None:
         return
     if event.crowded is not None:
         d.phase(event.model, Down(d.now))
-        foreign.see(d, event.crowded, barred=event.model)
+        foreign.bar(d, event.model, event.crowded)
         return
     if event.failure is not None or event.traits is None:
         _fail(d, engine, event.failure or Failure("it did not say what it is"), again_at_once=False)
@@ -60,10 +60,12 @@ def start_ended(d: Draft, event: StartEnded) -> None:
     timed = engine if adopted else _timed(d, engine, "start")
     phase = _found_phase(d, event.traits)
     pinned = may_have_pinned(event.traits) if adopted else isinstance(phase, Asleep)
-    known = figures.identified(timed, event.traits)
-    if not adopted:
+    known = replace(figures.identified(timed, event.traits), holds_pinned=pinned)
+    if adopted:
+        known = figures.adopted(known, event.after)
+    else:
         known = figures.started(known, event.before, event.after)
-    d.put(replace(known, phase=phase, holds_pinned=pinned, no_room=None))
+    d.put(replace(known, phase=phase, no_room=None))
     d.watch(event.model)
 
 
@@ -73,7 +75,7 @@ def wake_ended(d: Draft, event: WakeEnded) -> None:
         return
     if event.crowded is not None:
         _back_to_sleep(d, engine, engine.phase)
-        foreign.see(d, event.crowded, barred=event.model)
+        foreign.bar(d, event.model, event.crowded)
         return
     if event.failure is not None:
         _fail(d, engine, event.failure)
@@ -146,6 +148,7 @@ def prove_ended(d: Draft, event: ProveEnded) -> None:
             unproved[event.proof] = event.detail
         traits = replace(engine.traits, proofs=proofs)
         awake = Awake(d.now, idle_since=d.now)
+        engine = figures.woke(engine, None, event.after)
         d.put(replace(engine, traits=traits, unproved=unproved, phase=awake))
         return
     unproved = {**engine.unproved, event.proof: event.failure.message}
@@ -186,15 +189,15 @@ def _adopt(d: Draft, engine: Engine, found: Found) -> None:
         d.put(replace(d.engines[name], holds_pinned=True))  # nobody knows
         return
     phase = _found_phase(d, found.traits)
-    d.put(
-        replace(
-            figures.identified(engine, found.traits),
-            phase=phase,
-            incarnation=engine.incarnation + 1,
-            holds_pinned=may_have_pinned(found.traits),
-            enabled=True,
-        )
+    known = figures.identified(engine, found.traits)
+    known = replace(
+        known,
+        phase=phase,
+        incarnation=engine.incarnation + 1,
+        holds_pinned=may_have_pinned(found.traits),
+        enabled=True,
     )
+    d.put(figures.adopted(known, found.held))
     d.watch(name)
 
 

@@ -15,10 +15,12 @@ from homegptd.core import plans
 from homegptd.core.model import Act, ModelId, OperationId, SleepLevel
 from homegptd.core.refusals import Reason
 from homegptd.core.story import Line, summary
+from homegptd.runtime.ports import MeterPort
 from homegptd.runtime.scheduler import Scheduler
 from homegptd.wire import control as wire
 
 from . import views
+from .memory import report
 from .methods import Caller, Refused
 from .progress import Progress, foresee
 
@@ -45,12 +47,14 @@ class Desk:
         kinds: Mapping[ModelId, str] | None = None,
         logs: Logs,
         reload: Reload,
+        meter: MeterPort | None = None,
     ) -> None:
         self._scheduler = scheduler
         self.names = names
         self.kinds = kinds or {}
         self._logs = logs
         self._reload = reload
+        self._meter = meter
         self._operations: OrderedDict[int, Progress] = OrderedDict()
         self._news = asyncio.Event()
         self._readers: list[deque[wire.EventNotice]] = []
@@ -112,6 +116,10 @@ class Desk:
             "expected_s": None if plan.lacks else _rounded(plan.expected_s),
             "sum": list(plan.lacks),
         }
+
+    async def memory(self, model: str | None) -> wire.MemoryReport:
+        chosen = [self._known(model)] if model is not None else None
+        return await report(lambda: self._scheduler.state, self._meter, chosen)
 
     async def logs(self, model: str, *, lines: int) -> wire.LogsView:
         return await self._logs(self._known(model), lines)

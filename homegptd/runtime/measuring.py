@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from homegptd.core import figures, foreign
 from homegptd.core.events import Event, MemorySeen
-from homegptd.core.memory import Held, Seen
+from homegptd.core.memory import Gpu, Held, Seen
 from homegptd.core.model import ModelId, State
 
 from .ports import MeterPort
@@ -69,14 +69,16 @@ async def watch(
 ) -> None:
     """For ever: tell what the memory looks like when it is not what the books say.
 
-    Of two looks in a row the better counts, since what an engine gave back can show late.
+    What is missing counts when it was missing in two looks in a row: memory that an engine gave
+    back can show late.
     """
-    last: Seen | None = None
+    last: dict[Gpu, int] = {}
     while True:
         seen = await meter.seen()
-        if seen is not None and last is not None:
-            better = foreign.better(last, seen)
-            if foreign.is_news(state(), better):
-                post(MemorySeen(better))
-        last = seen
+        if seen is not None:
+            now = foreign.missing(state(), seen)
+            sure = {place: min(mib, last.get(place, 0)) for place, mib in now.items()}
+            if foreign.is_news(state(), sure, seen.pressure):
+                post(MemorySeen(sure, seen.strangers, seen.pressure))
+            last = now
         await asyncio.sleep(LOOK_S)

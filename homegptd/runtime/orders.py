@@ -236,7 +236,8 @@ class Orders:
         if not holds:
             failure = await self._still_sane(engine)
         self._remember_proof(model, order.proof, detail, holds=holds)
-        return ProveEnded(model, order.order, order.proof, holds, detail, failure)
+        after = await self._memory.held(model)
+        return ProveEnded(model, order.order, order.proof, holds, detail, failure, after)
 
     async def _still_sane(self, engine: EnginePort) -> Failure | None:
         try:

@@ -124,11 +124,15 @@ class Process:
 
     def _load(self, slow: float) -> None:
         self._physically(self.memory.begin_start, self.world.box)
+        if not self.alive:
+            return
         load_s = SPEEDS.load_s(self.model.foot) + SPEEDS.compile_s
         self.later(self.world.jitter(load_s) * slow, self._loaded)
 
     def _loaded(self) -> None:
         self._physically(self.memory.end_start, self.world.box)
+        if not self.alive:
+            return
         self.up = True
         mood = self.world.mood
         if mood.death_s is not None:
@@ -184,7 +188,10 @@ class Process:
         try:
             move(*args)
         except PhysicsError as error:
-            self.world.violated(f"{self.owner} runs out of memory: {error}")
+            if self.up or self.world.is_measured(self.model):
+                self.world.violated(f"{self.owner} runs out of memory: {error}")
+            else:  # nobody could know how large it is
+                self.die(1, f"exited with code 1: {error}")
 
     # ------------------------------------------------------------ requests
 
@@ -229,7 +236,8 @@ class Process:
         self.later(self.world.jitter(took) * slow, lambda: self._asleep(level))
 
     def _asleep(self, level: SleepLevel) -> None:
-        self._physically(self.memory.end_sleep, self.world.box, int(level))
+        leak = self.model.leak_mib
+        self._physically(partial(self.memory.end_sleep, leak_mib=leak), self.world.box, int(level))
         self.asleep = level
         self._moved("done")
 
@@ -283,6 +291,8 @@ class Machines:
     launches: int = 0
     about_to: Callable[[str, Process], None] = lambda what, process: None
     """Told of each stop and each sleep before it begins."""
+    is_measured: Callable[[Model], bool] = lambda model: True
+    """Whether the daemon has seen an engine of this configuration before."""
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
 
     def jitter(self, seconds: float) -> float:

@@ -96,6 +96,7 @@ class Town:
         self.machines = Machines(box, self._rng("luck"), self.violated, self.models)
         self.machines.mood = fleet.mood
         self.store = Store()
+        self.machines.is_measured = self._is_measured
         self.judge = Judge(self.machines, self.count, self.violated)
         self.judge.calm = fleet.mood.calm
         self.judge.now_state = lambda: self.scheduler.state
@@ -264,7 +265,12 @@ class Town:
             with scheduler.watched(self._lines), scheduler.watched(heart.tell):
                 self._up.set()
                 scheduler.post(
-                    await observe(Units(self.machines), Engines(self.machines), orders.identify)
+                    await observe(
+                        Units(self.machines),
+                        Engines(self.machines),
+                        orders.identify,
+                        Meter(self.machines),
+                    )
                 )
                 limit_s = self._boot_bound_s(scheduler.state)
                 late = self.loop.call_later(limit_s, self._late, scheduler, notes)
@@ -286,6 +292,9 @@ class Town:
             task = group.create_task(looks, name="memory")
             yield
             task.cancel()
+
+    def _is_measured(self, model: Model) -> bool:
+        return (model.id, f"{model.spec.fingerprint}/{VERSION}") in self.store.learnt
 
     def _check_readies(self, scheduler: Watched, notes: Notes) -> None:
         if notes.readies != scheduler.state.booted and not scheduler.state.stopping:
