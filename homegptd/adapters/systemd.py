@@ -18,7 +18,6 @@ from typing import Literal
 from homegptd.core.model import Exit, ModelId, Running
 from homegptd.core.refusals import Fault
 
-from . import host_memory
 from .dbus import BusError
 from .journal_tail import newest_lines
 from .systemd_manager import SYSTEMD, End, Manager, NoSystemd, Unit
@@ -168,20 +167,12 @@ class SystemdUnits:
         return tuple(line for line in told if not line.startswith("conmon "))[-lines:]
 
     async def pids(self, model: ModelId) -> frozenset[int]:
-        """Everybody in its unit, as the host counts them; empty where none runs."""
-        unit = await self._known(model)
-        return frozenset(await self._processes(unit)) if unit else frozenset()
+        """Everybody in its unit, as the host counts them. Raises `Fault`."""
+        return frozenset(await self._processes(await self._watch(model)))
 
     async def host_mib(self, model: ModelId) -> int | None:
-        """RAM charged to its control group, page cache aside; None where nobody knows."""
-        unit = await self._known(model)
-        if unit is None:
-            return None
-        try:
-            group = await self._manager.get(unit.path, "Service", "ControlGroup")
-        except BusError:
-            return None
-        return await asyncio.to_thread(host_memory.of_cgroup, str(group)) if group else None
+        """RAM charged to its control group; None where nobody knows. Raises `Fault`."""
+        return await self._manager.charged_mib(await self._watch(model))
 
     async def stop_all(self) -> None:
         """Stop every engine, all at the same time. Raises the `Fault` of one that survived."""
@@ -313,14 +304,6 @@ class SystemdUnits:
         return [pid for _, pid, _ in left]
 
     # ------------------------------------------------------------ looking
-
-    async def _known(self, model: ModelId) -> Unit | None:
-        """Its unit, if it runs and systemd answers."""
-        try:
-            unit = await self._watch(model)
-        except Fault:
-            return None
-        return unit if unit.up else None
 
     def _unit_of(self, model: ModelId) -> EngineUnit | None:
         return self._used.get(model) or self._units.get(model)

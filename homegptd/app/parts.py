@@ -14,6 +14,7 @@ from homegptd.adapters.vllm import VllmEngine
 from homegptd.adapters.vllm_canary import Kind
 from homegptd.config.schema import Config
 from homegptd.core.machine import initial
+from homegptd.core.memory import Learnt
 from homegptd.core.model import Engine, ModelId, State
 from homegptd.faces.relay import Limits
 from homegptd.faces.router import Settings as RouterSettings
@@ -60,10 +61,9 @@ def first_state(setup: Setup, store: Store) -> State:
         timings.setdefault(model, {})[act] = median(seconds)
     engines: dict[ModelId, Engine] = {}
     for name, engine in state.engines.items():
-        version, figures = store.newest_figures(name, engine.spec.fingerprint)
-        engines[name] = replace(
-            engine, timings=timings.get(name, {}), measured=figures, measured_with=version
-        )
+        version, known = store.newest_figures(name, engine.spec.fingerprint)
+        learnt = Learnt(known, version)
+        engines[name] = replace(engine, timings=timings.get(name, {}), learnt=learnt)
     return replace(state, engines=engines)
 
 

@@ -6,8 +6,9 @@ each smaller measurement. It wins over what was given, unless what was given is 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
-from .memory import HOST, Figure, Figures, Gpu, Held, Kind, Source
+from .memory import HOST, Figure, Figures, Gpu, Held, Kind, Learnt, Source
 from .model import Engine, EngineSpec, Traits
 from .words import gb
 
@@ -29,7 +30,7 @@ HOARDS = 2
 
 def figure(engine: Engine, kind: Kind, place: Gpu = HOST) -> Figure:
     """What is charged for it, with its source and its margin."""
-    given, measured = _given(engine, kind), engine.measured.get((kind, place))
+    given, measured = _given(engine, kind), engine.learnt.figures.get((kind, place))
     stands = engine.spec.trust_given and given.source is Source.CONFIGURED
     return given if measured is None or stands else measured
 
@@ -62,51 +63,52 @@ def configured(engine: Engine, spec: EngineSpec) -> Engine:
     """With these settings. Other flags or another image make of measurements estimates again."""
     if spec.fingerprint == engine.spec.fingerprint:
         return replace(engine, spec=spec)
-    return replace(engine, spec=spec, measured={}, measured_with="", hoards=0)
+    return replace(engine, spec=spec, learnt=Learnt())
 
 
 def identified(engine: Engine, traits: Traits) -> Engine:
     """It said which vLLM it is; what was measured with another one does not count."""
-    if engine.hoards >= HOARDS:
+    if engine.learnt.hoards >= HOARDS:
         why = "its sleep gave too little memory back"
         traits = replace(traits, levels=frozenset(), why_no_sleep=why)
-    fits = engine.measured and engine.measured_with == traits.version
-    measured = engine.measured if fits else traits.figures
-    return replace(engine, traits=traits, measured=measured, measured_with=traits.version)
+    learnt = engine.learnt
+    if not learnt.figures or learnt.version != traits.version:
+        learnt = replace(learnt, figures=traits.figures, version=traits.version)
+    return replace(engine, traits=traits, learnt=learnt)
 
 
 def started(engine: Engine, before: Held | None, after: Held | None) -> Engine:
     """Awake for the first time in its life, with nothing pinned yet."""
     if after is None:
         return engine
-    learnt = dict(engine.measured)
+    learnt = dict(engine.learnt.figures)
     _learn(engine, learnt, Kind.AWAKE, _held(after, _moved(before, after)), after.at)
     if after.host_mib is not None:
         _fold(learnt, Kind.HOST, HOST, after.host_mib, after.at)
-    return replace(engine, measured=learnt)
+    return _with(engine, figures=learnt)
 
 
 def adopted(engine: Engine, held: Held | None) -> Engine:
     """Found running, awake or asleep; what it has pinned nobody knows."""
     if held is None:
         return engine
-    learnt, asleep = dict(engine.measured), engine.traits is not None and engine.traits.asleep
+    learnt, asleep = dict(engine.learnt.figures), engine.traits is not None and engine.traits.asleep
     _learn(engine, learnt, Kind.RESIDUE if asleep else Kind.AWAKE, held.gpu_mib, held.at)
     _pinned(engine, learnt, None, held)
     left = {gpu: held.gpu_mib[gpu] for gpu in engine.spec.gpus if asleep and gpu in held.gpu_mib}
-    return replace(engine, measured=learnt, first_residue=left, last_residue=left)
+    return _with(engine, figures=learnt, first_residue=left, last_residue=left)
 
 
 def woke(engine: Engine, before: Held | None, after: Held | None) -> Engine:
     if after is None:
         return engine
-    learnt = dict(engine.measured)
+    learnt = dict(engine.learnt.figures)
     residue = _known(engine, Kind.RESIDUE)
     moved = _moved(before, after)
     taken = {gpu: mib + moved[gpu] for gpu, mib in residue.items() if gpu in moved}
     _learn(engine, learnt, Kind.AWAKE, _held(after, taken), after.at)
     _pinned(engine, learnt, None, after)
-    return replace(engine, measured=learnt)
+    return _with(engine, figures=learnt)
 
 
 def slept(engine: Engine, before: Held | None, after: Held | None) -> Engine:
@@ -114,15 +116,16 @@ def slept(engine: Engine, before: Held | None, after: Held | None) -> Engine:
     over this sleep it will hold on top when it is awake again."""
     if before is None or after is None:
         return engine
-    learnt = dict(engine.measured)
+    learnt = dict(engine.learnt.figures)
     left = _left(engine, before, after)
-    leaked = {gpu: max(left.get(gpu, 0) - mib, 0) for gpu, mib in engine.last_residue.items()}
+    last = engine.learnt.last_residue
+    leaked = {gpu: max(left.get(gpu, 0) - mib, 0) for gpu, mib in last.items()}
     awake = {gpu: mib + leaked.get(gpu, 0) for gpu, mib in before.gpu_mib.items()}
     _learn(engine, learnt, Kind.AWAKE, awake, before.at)
     _learn(engine, learnt, Kind.RESIDUE, left, after.at)
     _pinned(engine, learnt, before, after)
-    first = engine.first_residue or left
-    return replace(engine, measured=learnt, first_residue=first, last_residue=left, hoards=0)
+    first = engine.learnt.first_residue or left
+    return _with(engine, figures=learnt, first_residue=first, last_residue=left, hoards=0)
 
 
 def renewed(engine: Engine) -> Engine:
@@ -130,9 +133,9 @@ def renewed(engine: Engine) -> Engine:
     leaked = {gpu: max(mib, 0) for gpu, mib in grown(engine).items()}
     kept = {
         (kind, place): replace(known, mib=known.mib - leaked.get(place, 0))
-        for (kind, place), known in engine.measured.items()
+        for (kind, place), known in engine.learnt.figures.items()
     }
-    return replace(engine, measured=kept, first_residue={}, last_residue={})
+    return _with(engine, figures=kept, first_residue={}, last_residue={})
 
 
 def hoarded(engine: Engine, before: Held | None, after: Held | None) -> str | None:
@@ -151,20 +154,34 @@ def hoarded(engine: Engine, before: Held | None, after: Held | None) -> str | No
 
 def grown(engine: Engine) -> Mapping[Gpu, int]:
     """By how much its residue is above that of its first sleep, on each GPU."""
-    last = engine.last_residue
-    return {gpu: last[gpu] - mib for gpu, mib in engine.first_residue.items() if gpu in last}
+    last = engine.learnt.last_residue
+    return {gpu: last[gpu] - mib for gpu, mib in engine.learnt.first_residue.items() if gpu in last}
+
+
+def hoarding(engine: Engine) -> Engine:
+    """Its sleep gave too little back once more."""
+    return _with(engine, hoards=engine.learnt.hoards + 1)
+
+
+def forgiven(engine: Engine) -> Engine:
+    """An operator wants it tried again."""
+    return _with(engine, hoards=0)
 
 
 def leak(engine: Engine, limit_mib: int) -> str | None:
     """What has leaked, in words, if it is more than `limit_mib` anywhere."""
     for gpu, mib in grown(engine).items():
         if mib > limit_mib:
-            first = engine.first_residue[gpu]
+            first = engine.learnt.first_residue[gpu]
             return f"what it keeps asleep on gpu{gpu} grew from {gb(first)} to {gb(first + mib)} GB"
     return None
 
 
 # ---------------------------------------------------------------- parts
+
+
+def _with(engine: Engine, **learnt: Any) -> Engine:
+    return replace(engine, learnt=replace(engine.learnt, **learnt))
 
 
 def _learn(engine: Engine, learnt: _Learnt, kind: Kind, seen: Mapping[Gpu, int], at: float) -> None:
@@ -207,7 +224,7 @@ def _more_host(engine: Engine, learnt: _Learnt, mib: int, at: float) -> None:
 
 
 def _known(engine: Engine, kind: Kind) -> dict[Gpu, int]:
-    return {place: f.mib for (k, place), f in engine.measured.items() if k is kind}
+    return {place: f.mib for (k, place), f in engine.learnt.figures.items() if k is kind}
 
 
 def _held(seen: Held, otherwise: Mapping[Gpu, int]) -> Mapping[Gpu, int]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from . import figures, ledger
 from .draft import Draft
-from .memory import HOST, Foreign, Gpu, Seen
+from .memory import HOST, Foreign, Gpu, Learnt, Seen
 from .model import (
     Act,
     Asleep,
@@ -77,7 +77,7 @@ def suffices(engine: Engine, seen: Seen) -> bool:
 def bare(engine: Engine) -> Engine:
     """With its figures as they are: what it gives or needs more must not count on a margin."""
     exact = {key: replace(f, margin_mib=0) for key, f in figures.table(engine).items()}
-    return replace(engine, measured=exact, spec=replace(engine.spec, trust_given=False))
+    return replace(engine, learnt=Learnt(exact), spec=replace(engine.spec, trust_given=False))
 
 
 def missing(state: State, seen: Seen, *, barred: ModelId | None = None) -> dict[Gpu, int]:

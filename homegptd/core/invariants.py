@@ -52,7 +52,7 @@ def _used_before(state: State, before: State | None) -> ledger.Books:
         return ledger.Books()
     now = state.engines
     engines = {
-        name: replace(engine, measured=now[name].measured) if name in now else engine
+        name: replace(engine, learnt=now[name].learnt) if name in now else engine
         for name, engine in before.engines.items()
     }
     return ledger.used(replace(before, engines=engines))

@@ -179,7 +179,8 @@ def _ask(d: Draft, operation: Operation) -> None:
     elif operation.act is Act.STOP:
         _forget(d, engine, operation)
     elif operation.act is not Act.SLEEP:
-        d.put(replace(engine, enabled=True, keep_loaded=True, failures=0, unproved={}, hoards=0))
+        engine = figures.forgiven(engine)
+        d.put(replace(engine, enabled=True, keep_loaded=True, failures=0, unproved={}))
         if operation.act is Act.START and not isinstance(engine.phase, Down | Stopping):
             d.finish(operation, f"{operation.model} is up already")
 

@@ -70,6 +70,20 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
+class Learnt:
+    """What measurements taught about one engine."""
+
+    figures: Figures = field(default_factory=dict)
+    version: str = ""
+    """Of the vLLM that they hold for."""
+    first_residue: Mapping[Gpu, int] = field(default_factory=dict)
+    """After the first sleep of this incarnation: what leaks shows against it."""
+    last_residue: Mapping[Gpu, int] = field(default_factory=dict)
+    hoards: int = 0
+    """Sleeps in a row that gave too little back."""
+
+
+@dataclass(frozen=True, slots=True)
 class Card:
     """One GPU as its driver tells it; `total_mib` is what programs can have of it."""
 

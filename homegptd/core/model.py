@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import NewType
 
-from .memory import Figures, Foreign, Kind
+from .memory import Figures, Foreign, Kind, Learnt
 from .memory import Gpu as Gpu
 from .refusals import Refusal
 
@@ -111,12 +111,9 @@ class EngineSpec:
     """Host RAM pinned by the first sleep at level 1 and kept until the process ends."""
     host_mib: int
     """Host RAM of the processes beside that."""
-    pinned_margin_mib: int = 0
-    """Charged on top of `pinned_mib` until it is measured: vLLM rounds up."""
-    estimated: frozenset[Kind] = frozenset()
-    """Which of these figures nobody gave."""
-    trust_given: bool = False
-    """What was given stands, whatever is measured."""
+    pinned_margin_mib: int = 0  # until it is measured: vLLM rounds up
+    estimated: frozenset[Kind] = frozenset()  # what nobody gave
+    trust_given: bool = False  # whatever is measured
     startup: Startup = Startup.SLEEP
     level: SleepLevel | None = None
     """As configured; None: the policy's default, which the ledger may lower."""
@@ -299,14 +296,7 @@ class Engine:
     """Typical seconds of `start`, `sleep-1`, `sleep-2`, `wake-1`, `wake-2` on this box."""
     unproved: Mapping[Proof, str] = field(default_factory=dict)
     """Proofs that failed, and how."""
-    measured: Figures = field(default_factory=dict)
-    measured_with: str = ""
-    """The version of vLLM that `measured` holds for."""
-    first_residue: Mapping[Gpu, int] = field(default_factory=dict)
-    """After the first sleep of this incarnation, in MiB: what leaks shows against it."""
-    last_residue: Mapping[Gpu, int] = field(default_factory=dict)
-    hoards: int = 0
-    """Sleeps in a row that gave too little back."""
+    learnt: Learnt = field(default_factory=Learnt)
     no_room: Failure | None = None
     """Why it can never come up beside what is pinned, since it was last tried."""
 
@@ -386,8 +376,7 @@ class State:
     """Budget of host RAM for engines."""
     foreign: Mapping[Gpu, Foreign] = field(default_factory=dict)
     """What the books miss: held by others, or by engines beyond their figures."""
-    pressure: float = 0.0
-    """Share of the last 10 s in which some task waited for host memory, 0 to 100."""
+    pressure: float = 0.0  # percent of the last 10 s, as in `Seen`
     waiting: tuple[Ticket, ...] = ()
     """In order of arrival."""
     granted: Mapping[TicketId, Ticket] = field(default_factory=dict)

@@ -101,7 +101,7 @@ def sleep_ended(d: Draft, event: SleepEnded) -> None:
         return
     why = figures.hoarded(engine, event.before, event.after)
     if why is not None:
-        d.put(replace(engine, hoards=engine.hoards + 1))
+        d.put(figures.hoarding(engine))
         text = f"vLLM says that it sleeps, but only {why}"
         _fail(d, d.engines[event.model], Failure(text, f"homegptctl logs {event.model}"))
         return

@@ -256,9 +256,9 @@ class Orders:
     def _remember_figures(self, model: ModelId) -> None:
         """What the machine has learnt from the event that was just posted."""
         engine = self._state().engines.get(model)
-        if engine is not None and engine.measured and engine.measured_with:
-            key = f"{engine.spec.fingerprint}/{engine.measured_with}"
-            self._store.remember_figures(model, key, engine.measured)
+        if engine is not None and engine.learnt.version:
+            key = f"{engine.spec.fingerprint}/{engine.learnt.version}"
+            self._store.remember_figures(model, key, engine.learnt.figures)
 
     # ------------------------------------------------------------ watching
 

@@ -16,6 +16,7 @@ from statistics import median
 from homegptd.core.draft import in_flight
 from homegptd.core.events import ConfigChanged, ShutdownAsked
 from homegptd.core.machine import initial
+from homegptd.core.memory import Learnt
 from homegptd.core.model import (
     Act,
     EngineSpec,
@@ -319,8 +320,9 @@ class Town:
             name: replace(
                 engine,
                 timings=timings.get(name, {}),
-                measured=self.store.figures(name, f"{engine.spec.fingerprint}/{VERSION}"),
-                measured_with=VERSION,
+                learnt=Learnt(
+                    self.store.figures(name, f"{engine.spec.fingerprint}/{VERSION}"), VERSION
+                ),
             )
             for name, engine in state.engines.items()
         }
