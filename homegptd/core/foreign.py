@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from . import figures, ledger
 from .draft import Draft
-from .memory import HOST, Foreign, Gpu, Learnt, Seen
+from .memory import HOST, Foreign, Gpu, Kind, Learnt, Seen
 from .model import (
     Act,
     Asleep,
@@ -75,8 +75,14 @@ def suffices(engine: Engine, seen: Seen) -> bool:
 
 
 def bare(engine: Engine) -> Engine:
-    """With its figures as they are: what it gives or needs more must not count on a margin."""
-    exact = {key: replace(f, margin_mib=0) for key, f in figures.table(engine).items()}
+    """With what it holds asleep as it was seen last: a wake must not count on more."""
+    last = engine.learnt.last_residue
+    exact = {
+        (kind, place): replace(
+            f, margin_mib=0, mib=last.get(place, f.mib) if kind is Kind.RESIDUE else f.mib
+        )
+        for (kind, place), f in figures.table(engine).items()
+    }
     return replace(engine, learnt=Learnt(exact), spec=replace(engine.spec, trust_given=False))
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .asked import Asked
 
 SWITCH_S = 1800.0
-_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red", "skip": "dim"}
 _ASTRAY_MIB = 1024
 """By how much the books may be above or below what the driver says."""
 
@@ -73,7 +73,7 @@ def _model(asked: Asked, model: str) -> list[dict[str, Any]]:
         _do(asked, "switch", model)
         _do(asked, "sleep", model, level=2)
     except Stop as stop:
-        return [*rows, _row(model, "ok", f"no level 2: {stop.message}", level=2)]
+        return [*rows, _row(model, "skip", f"no level 2: {stop.message}", level=2)]
     return [*rows, _cycle(asked, model, 2)]
 
 
