@@ -26,6 +26,7 @@ from homegptd.core.model import (
 from homegptd.core.refusals import Fault
 from homegptd.runtime.bootstrap import observe
 from homegptd.runtime.orders import Limits, Orders
+from homegptd.runtime.ports import MeterPort
 from homegptd.runtime.scheduler import Scheduler
 
 A, B = ModelId("a"), ModelId("b")
@@ -176,8 +177,14 @@ class SmallStore:
 class Small:
     """The runtime on two models of which one fits; `a` is to be awake."""
 
-    def __init__(self, policy: Policy | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy | None = None,
+        *,
+        meter: Callable[[Mapping[ModelId, SmallEngine]], MeterPort] | None = None,
+    ) -> None:
         self.engines = {A: SmallEngine(A), B: SmallEngine(B)}
+        self.meter = meter(self.engines) if meter else None
         self.units = SmallUnits(self.engines)
         self.store = SmallStore()
         self.events: list[Event] = []
@@ -189,6 +196,7 @@ class Small:
             self.store,
             start_limit_s=lambda model: LIMIT_S,
             limits=Limits(probe_s=10.0, strikes=2),
+            meter=self.meter,
         )
         specs = (_spec(A, Startup.ACTIVE), _spec(B, Startup.SLEEP))
         policy = policy or Policy(default=A, patience_s=5.0, residency_s=5.0)
