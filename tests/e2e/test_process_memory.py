@@ -90,12 +90,12 @@ def test_trusted_figures_stand(box: Box) -> None:
 
 
 def test_a_stranger_on_the_card_is_named_and_nothing_runs_out_of_memory(box: Box) -> None:
-    box.write(CODER, WRITER)
+    box.write(SimModel("coder"), WRITER)
     with measuring(box):
-        card(box, "--hold", "game=18.8")
+        card(box, "--hold", "game=30")
         done = box.ctl("switch", "writer")
         assert done.returncode == 4, done.stderr
-        assert "held by game 18.8 GB" in done.stderr
+        assert "held by game 30.0 GB" in done.stderr
         assert "needs 60.6 GB on gpu0; 80.0 total - 1.1 residue of coder" in done.stderr
         assert box.model("writer")["phase"] == "asleep"
         assert "game" in box.ctl("memory").stdout
