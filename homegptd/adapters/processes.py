@@ -25,6 +25,7 @@ from urllib.parse import quote
 from homegptd.core.model import Exit, ModelId, Running
 from homegptd.core.refusals import Fault
 
+from . import host_memory
 from .engine_log import LOG_CAP_BYTES, LOOK_EVERY_S, cap_log, open_log, tail
 from .sessions import Record, Run, boot_id, emptied, leftover, members_of, remove, signal_session
 
@@ -156,6 +157,15 @@ class Processes:
         """The newest lines, oldest first; reads at most 256 KiB from the file's end."""
         launch = self._launches.get(model)
         return () if launch is None else tail(launch.log, lines)
+
+    async def pids(self, model: ModelId) -> frozenset[int]:
+        """Everybody in its session, GPU workers too; empty where none runs."""
+        engine = self._engines.get(model)
+        return frozenset(proc.pid for proc in members_of(engine.record)) if engine else frozenset()
+
+    async def host_mib(self, model: ModelId) -> int | None:
+        """RAM of its session's own; None where nobody knows."""
+        return await asyncio.to_thread(host_memory.of_processes, await self.pids(model))
 
     async def stop_all(self) -> None:
         """Stop every engine, all at the same time. Raises the `Fault` of one that survived."""

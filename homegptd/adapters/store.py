@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 
+from homegptd.core.memory import Figure, Figures, Gpu, Kind, Source
 from homegptd.core.model import ModelId, Proof
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,11 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX durations_of ON durations (model, act, id);
     """,
     "CREATE TABLE notes (name TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID;",
+    """
+    CREATE TABLE figures (model TEXT, key TEXT, kind TEXT, place INTEGER, mib INTEGER NOT NULL,
+                          margin_mib INTEGER NOT NULL, at REAL NOT NULL,
+                          PRIMARY KEY (model, key, kind, place)) WITHOUT ROWID;
+    """,
 )
 """Script n brings a file from schema version n to n + 1 (`user_version`), in one transaction."""
 
@@ -69,6 +75,7 @@ class _Memory:
     """Whether it holds, what was compared, when (Unix seconds)."""
     durations: dict[tuple[ModelId, str], Lasted] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    figures: dict[tuple[ModelId, str], Figures] = field(default_factory=dict)
 
     def lasted(self, model: ModelId, act: str) -> Lasted:
         return self.durations.setdefault((model, act), deque(maxlen=DURATIONS_KEPT))
@@ -78,6 +85,7 @@ class _Memory:
         self.canaries = older.canaries | self.canaries
         self.proofs = older.proofs | self.proofs
         self.notes = older.notes | self.notes
+        self.figures = older.figures | self.figures
         for of, values in older.durations.items():
             newer = self.durations.get(of, ())
             self.durations[of] = deque((*values, *newer), maxlen=DURATIONS_KEPT)
@@ -130,6 +138,32 @@ class Store:
     def remember_note(self, name: str, text: str) -> None:
         self._memory.notes[name] = text
         self._save([_note_row(name, text)])
+
+    def figures(self, model: ModelId, key: str) -> Figures:
+        return self._memory.figures.get((model, key), {})
+
+    def newest_figures(self, model: ModelId, fingerprint: str) -> tuple[str, Figures]:
+        """Of this configuration, with the version of vLLM they were measured with last."""
+        found = [
+            (max((f.at or 0.0 for f in figures.values()), default=0.0), version, figures)
+            for (of, key), figures in self._memory.figures.items()
+            for with_, _, version in [key.rpartition("/")]
+            if (of, with_) == (model, fingerprint)
+        ]
+        _, version, figures = max(found, key=lambda one: one[0], default=(0.0, "", {}))
+        return version, figures
+
+    def remember_figures(self, model: ModelId, key: str, figures: Figures) -> None:
+        """`key` as for proofs: fingerprint and version, with a slash between."""
+        before = self.figures(model, key)
+        rows = [
+            _figure_row(model, key, *of, figure)
+            for of, figure in figures.items()
+            if before.get(of) != figure
+        ]
+        if rows:
+            self._memory.figures[model, key] = {**before, **figures}
+            self._save(rows)
 
     def durations(self) -> Mapping[tuple[ModelId, str], Sequence[float]]:
         """Oldest first, at most `DURATIONS_KEPT` each."""
@@ -283,6 +317,12 @@ def _read(db: sqlite3.Connection) -> _Memory:
         if name in known:
             memory.proofs[ModelId(model), key, known[name]] = (bool(holds), detail, at)
     memory.notes.update(db.execute("SELECT name, text FROM notes"))
+    kinds = {kind.value: kind for kind in Kind}
+    for model, key, kind, place, mib, margin, at in db.execute("SELECT * FROM figures"):
+        if kind in kinds:
+            figure = Figure(mib, Source.MEASURED, margin, at)
+            known_here = memory.figures.get((ModelId(model), key), {})
+            memory.figures[ModelId(model), key] = {**known_here, (kinds[kind], Gpu(place)): figure}
     query = "SELECT model, act, seconds, at FROM durations ORDER BY id"
     for model, act, seconds, at in db.execute(query):
         memory.lasted(ModelId(model), act).append((seconds, at))
@@ -293,6 +333,11 @@ def _all_rows(memory: _Memory) -> list[_Row]:
     rows: list[_Row] = [_canary_row(*of, said) for of, said in memory.canaries.items()]
     rows += [_proof_row(*of, value) for of, value in memory.proofs.items()]
     rows += [_note_row(name, text) for name, text in memory.notes.items()]
+    rows += [
+        _figure_row(*key, *of, figure)
+        for key, figures in memory.figures.items()
+        for of, figure in figures.items()
+    ]
     rows.append(("DELETE FROM durations", ()))
     for (model, act), lasted in memory.durations.items():
         rows += [_duration_row(model, act, value) for value in lasted]
@@ -310,6 +355,11 @@ def _proof_row(model: ModelId, key: str, proof: Proof, value: tuple[bool, str, f
 
 def _note_row(name: str, text: str) -> _Row:
     return "INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, text)
+
+
+def _figure_row(model: ModelId, key: str, kind: Kind, place: Gpu, figure: Figure) -> _Row:
+    put = "INSERT OR REPLACE INTO figures VALUES (?, ?, ?, ?, ?, ?, ?)"
+    return put, (model, key, kind.value, place, figure.mib, figure.margin_mib, figure.at or 0.0)
 
 
 def _duration_row(model: ModelId, act: str, value: tuple[float, float]) -> _Row:

@@ -166,6 +166,14 @@ class SystemdUnits:
         told = await newest_lines(2 * lines, f"_SYSTEMD_UNIT={found.name}", "_COMM=conmon")
         return tuple(line for line in told if not line.startswith("conmon "))[-lines:]
 
+    async def pids(self, model: ModelId) -> frozenset[int]:
+        """Everybody in its unit, as the host counts them. Raises `Fault`."""
+        return frozenset(await self._processes(await self._watch(model)))
+
+    async def host_mib(self, model: ModelId) -> int | None:
+        """RAM charged to its control group; None where nobody knows. Raises `Fault`."""
+        return await self._manager.charged_mib(await self._watch(model))
+
     async def stop_all(self) -> None:
         """Stop every engine, all at the same time. Raises the `Fault` of one that survived."""
         faults: list[Fault] = []

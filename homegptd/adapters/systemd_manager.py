@@ -16,6 +16,7 @@ from jeepney import DBusAddress
 
 from homegptd.core.refusals import Fault
 
+from . import host_memory
 from .dbus import Bus, BusError, BusLost, Signal
 
 log = logging.getLogger(__name__)
@@ -147,6 +148,14 @@ class Manager:
         at = DBusAddress(path, SYSTEMD, PROPERTIES)
         ((_, value),) = await self._ask(at, "Get", "ss", f"{SYSTEMD}.{interface}", name)
         return value
+
+    async def charged_mib(self, unit: "Unit") -> int | None:
+        """RAM charged to its control group, page cache aside; None where nobody knows."""
+        try:
+            group = await self.get(unit.path, "Service", "ControlGroup")
+        except BusError:
+            return None
+        return await asyncio.to_thread(host_memory.of_cgroup, str(group)) if group else None
 
     async def watch(self, name: str) -> Unit:
         """The unit's mirror, fresh; from now on it follows. Raises NoSystemd, BusError."""

@@ -2,15 +2,16 @@
 
 vLLM's 200 proves nothing: `/sleep` can answer 200 for a level it did not apply, `/wake_up` for
 weights that were never reloaded, `/health` for an engine that hangs. So each transaction ends with
-a look that crosses into the engine process (`/is_sleeping`), at the memory, and at the model's own
-words. What cannot be verified is a fault, and the machine restarts that engine.
+a look that crosses into the engine process (`/is_sleeping`), and at the model's own words; at the
+memory looks whoever gives the orders. What cannot be verified is a fault, and the machine restarts
+that engine.
 
 Never called: `/resume` (unpauses the scheduler over unmapped weights), `/pause`, `tags=` lists
 with commas (silently ignored).
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import assert_never
@@ -20,13 +21,10 @@ from homegptd.adapters.vllm_canary import TOKENS, TOKENS_KEPT, Canary, Kind, Ref
 from homegptd.adapters.vllm_proofs import Rig, prove_freeze, prove_reload
 from homegptd.adapters.vllm_versions import PROFILES, Profile, profile_of
 from homegptd.adapters.vllm_wire import Answer, Params, Wire, truth
-from homegptd.core.model import Freed, ModelId, Proof, SleepLevel, SleepMode, Traits
+from homegptd.core.model import ModelId, Proof, SleepLevel, SleepMode, Traits
 
 POLL_S = 0.1
 """Between two looks at something that only vLLM knows; there is no event to wait for."""
-
-MemoryProbe = Callable[[], Mapping[int, int] | None]
-"""MiB in use on each GPU of the engine, by GPU index; None where nothing measures."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +42,6 @@ class Deadlines:
     """The first level-1 sleep pins host memory, about 2-4 GiB/s; 100 GiB and more exist."""
     settle_s: float = 20.0
     """How long an unanswered order may still show its effect before it counts as a fault."""
-    freed_s: float = 5.0
-    """ROCm and other processes' views lag behind the call that freed the memory."""
     idle_s: float = 30.0
     """Before 0.17 the engine must be seen empty before it is put to sleep."""
     wake_s: float = 120.0
@@ -68,15 +64,11 @@ class VllmEngine:
         *,
         kind: Kind | None = None,
         deadlines: Deadlines | None = None,
-        memory: MemoryProbe | None = None,
-        must_free_mib: int = 1,
         api_key: str | None = None,
         canary_reference: Reference | None = None,
     ) -> None:
         """`at`: the engine's Unix socket, or a base URL. `kind`: None to find out by asking.
 
-        `memory` makes each sleep prove that it freed `must_free_mib` over all its GPUs: its
-        weights, or a little less.
         `canary_reference`: what the healthy model said in an earlier life, if anybody kept it.
         """
         self.canary_reference = canary_reference
@@ -84,8 +76,6 @@ class VllmEngine:
         self._wire = Wire(at, api_key)
         self._kind = kind
         self._deadlines = deadlines or Deadlines()
-        self._memory = memory
-        self._must_free_mib = must_free_mib
         self._profile: Profile = PROFILES[-1]
         self._canary: Canary | None = None
         self._longest = 0
@@ -132,12 +122,12 @@ class VllmEngine:
 
     # --- telling
 
-    async def sleep(self, level: SleepLevel, mode: SleepMode) -> Freed:
+    async def sleep(self, level: SleepLevel, mode: SleepMode) -> None:
         """`WAIT` is for an engine that was drained: nobody is served any more, so if it does not
         end by itself what is left in it is aborted. `KEEP` freezes what runs (level 1, 0.17+)."""
         with cannot(f'put "{self._model}" to sleep'):
             async with self._wire.kept():
-                return await self._put_to_sleep(level, mode)
+                await self._put_to_sleep(level, mode)
 
     async def wake(self, level: SleepLevel, *, frozen: bool) -> None:
         with cannot(f'wake "{self._model}"'):
@@ -162,15 +152,13 @@ class VllmEngine:
 
     # --- the transactions
 
-    async def _put_to_sleep(self, level: SleepLevel, mode: SleepMode) -> Freed:
+    async def _put_to_sleep(self, level: SleepLevel, mode: SleepMode) -> None:
         self._must_survive(level, mode)
         if self._profile.dies_of_sleep_under_load:
             await self._see_it_empty()
-        before = self._used_mib()
         await self._order_sleep(level, mode)
         if not await self._sleeps(self._deadlines.check_s):
             raise Lied("vLLM answered 200 to /sleep and is awake")
-        return Freed(await self._freed_mib(before))
 
     async def _order_sleep(self, level: SleepLevel, mode: SleepMode) -> None:
         asked = {"level": str(level.value)}
@@ -315,29 +303,6 @@ class VllmEngine:
             return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
         except ValueError:
             raise Broken("vLLM's /metrics cannot be read") from None
-
-    def _used_mib(self) -> int | None:
-        used = self._memory() if self._memory else None
-        return None if used is None else sum(used.values())
-
-    async def _freed_mib(self, before: int | None) -> int | None:
-        """Raises `Lied` where less came back than must."""
-        if before is None:
-            return None
-        freed: int | None = None
-        try:
-            async with asyncio.timeout(self._deadlines.freed_s):
-                while True:
-                    after = self._used_mib()
-                    freed = None if after is None else before - after
-                    if freed is None or freed >= self._must_free_mib:
-                        return freed
-                    await asyncio.sleep(POLL_S)
-        except TimeoutError:
-            raise Lied(
-                f"vLLM says it sleeps, but {freed} MiB came back of at least"
-                f" {self._must_free_mib} MiB"
-            ) from None
 
     # --- knowing
 

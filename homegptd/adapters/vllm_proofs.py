@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from homegptd.adapters.faults import Broken, EngineFault, Garbled, Lied
 from homegptd.adapters.vllm_canary import Canary, differ, likely, same
-from homegptd.core.model import Freed, SleepLevel, SleepMode
+from homegptd.core.model import SleepLevel, SleepMode
 
 STORY = "Tell a long story about three models that share one card and take turns"
 STORY_TOKENS = 64
@@ -39,7 +39,7 @@ class Rig:
     canary: Canary
     longest: int
     """Tokens that prompt and answer may have together; 0 if the server does not say."""
-    sleep: Callable[[SleepLevel, SleepMode], Awaitable[Freed]]
+    sleep: Callable[[SleepLevel, SleepMode], Awaitable[None]]
     wake: Wake
     deadline_s: float
 

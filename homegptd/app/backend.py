@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from homegptd.adapters.meter import Belongings
 from homegptd.adapters.processes import Processes
 from homegptd.adapters.systemd import EngineUnit, SystemdUnits
 from homegptd.config.schema import Config
@@ -17,11 +18,15 @@ _BOOTED = Path("/run/systemd/system")
 """sd_booted(3): there while systemd is the system's manager."""
 
 
+class Units(UnitsPort, Belongings, Protocol):
+    """Starts and stops engines, and knows what is theirs."""
+
+
 class Backend(Protocol):
     """The engines' keeper, and what becomes of them when the daemon ends."""
 
     @property
-    def units(self) -> UnitsPort: ...
+    def units(self) -> "Units": ...
     @property
     def keeps_sockets(self) -> bool:
         """Whether listening sockets outlive a restart of the daemon."""

@@ -105,7 +105,7 @@ def _leaf(error: BaseException) -> BaseException:
 
 
 async def _serve(config: Config, options: Options, demo: Demo | None) -> int:
-    daemon = Daemon(config, options)
+    daemon = await Daemon.prepared(config, options)
     if demo is not None:
         demo.follow(daemon)
     await daemon.serve()
@@ -129,6 +129,7 @@ def _options(args: argparse.Namespace, config: Config, demo: Demo | None = None)
         state_dir=Path(state_dir or _default_state_dir()),
         listen=tuple(args.listen or config.http.listen),
         may_leave_engines=demo is None,
+        card_file=demo.card if demo else args.card_file,
     )
 
 
@@ -152,6 +153,9 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--socket", metavar="PATH", help="the control socket")
     common.add_argument("--state-dir", type=Path, metavar="DIR", help="what survives a restart")
     common.add_argument("--backend", choices=("process", "systemd"), help="who runs the engines")
+    common.add_argument(
+        "--card-file", type=Path, metavar="FILE", help="measure a simulated box, see homegptd.sim"
+    )
     common.add_argument("-v", "--verbose", action="store_true", help="log more")
     parser = argparse.ArgumentParser(
         prog="homegptd",

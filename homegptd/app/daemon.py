@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
+from homegptd.adapters.card_file import CardFile
+from homegptd.adapters.meter import CardSource, Meter
 from homegptd.adapters.notify import Notifier, watchdog_interval_s
+from homegptd.adapters.nvml import Nvml
 from homegptd.adapters.sockets import parse_listen, spelled
 from homegptd.adapters.store import Store
 from homegptd.config.keys import Key
@@ -42,6 +45,7 @@ from homegptd.faces.upstream import Address
 from homegptd.runtime.bootstrap import observe
 from homegptd.runtime.heartbeat import Heartbeat
 from homegptd.runtime.keeper import Keeper
+from homegptd.runtime.measuring import watch
 from homegptd.runtime.orders import Orders, first
 from homegptd.runtime.scheduler import Scheduler
 from homegptd.wire.control import LogsView
@@ -51,7 +55,7 @@ from .access import engine_keys, guard, keyring
 from .backend import choose
 from .doors import CannotServe, Doors, open_doors
 from .parts import address, clients, difference, first_state, only_one, router_settings
-from .setup import Places, set_up
+from .setup import Cards, Places, set_up
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +73,8 @@ class Options:
     listen: tuple[str, ...]
     may_leave_engines: bool = True
     """Whether a defect leaves the engines running, for the next daemon to adopt."""
+    card_file: Path | None = None
+    """A simulated box to measure instead of the driver's cards."""
     stop_s: float = 20.0
     """How long running answers may take to end at a stop."""
 
@@ -95,16 +101,28 @@ class _Given(TypedDict):
 class Daemon:
     """Everything of one life. `serve` returns when it was asked to stop."""
 
-    def __init__(self, config: Config, options: Options) -> None:
-        """Raises: ConfigError where the API keys cannot be read."""
+    @classmethod
+    async def prepared(cls, config: Config, options: Options) -> "Daemon":
+        """With the cards looked at. Raises: ConfigError where the API keys cannot be read."""
+        source: CardSource = CardFile(options.card_file) if options.card_file else Nvml()
+        reading = await source.read()
+        return cls(config, options, source, reading.cards if reading else {})
+
+    def __init__(self, config: Config, options: Options, source: CardSource, cards: Cards) -> None:
         self.options = options
-        self.setup = set_up(config, options.places)
+        self.cards = cards
+        self.setup = set_up(config, options.places, cards)
         self.loop = asyncio.get_running_loop()
         self.store = Store(options.state_dir / "state.sqlite")
         self.backend = choose(config, self.setup, options.places, options.state_dir)
         self.engines = clients(self.setup)
+        self.meter = Meter(source, self.backend.units, lambda: self.scheduler.state.engines)
         self.orders = Orders(
-            self.backend.units, self.engines, self.store, start_limit_s=self._start_limit_s
+            self.backend.units,
+            self.engines,
+            self.store,
+            start_limit_s=self._start_limit_s,
+            meter=self.meter,
         )
         self.scheduler = Scheduler(
             first_state(self.setup, self.store), self.orders, max_wait_s=config.router.max_wait_s
@@ -124,6 +142,7 @@ class Daemon:
             logs=self._logs,
             reload=self._reload,
             accounts=self.accounts,
+            meter=self.meter,
         )
         self.notifier = Notifier()
         self.stop_asked = asyncio.Event()
@@ -173,6 +192,7 @@ class Daemon:
             stack.enter_context(self.desk.open())
             stack.enter_context(self.scheduler.watched(self._tell))
             await stack.enter_async_context(self._heart())
+            await stack.enter_async_context(self._memory_watched())
             control = self._control(ControlServer(self.desk), doors.control)
             await stack.enter_async_context(control)
             await stack.enter_async_context(self._http(doors))
@@ -184,7 +204,9 @@ class Daemon:
 
     async def _begin(self) -> None:
         try:
-            found = await observe(self.backend.units, self.engines, self.orders.identify)
+            found = await observe(
+                self.backend.units, self.engines, self.orders.identify, self.meter
+            )
         except Fault as fault:
             raise CannotServe(fault.message, fault.hint) from fault
         self.scheduler.post(found)
@@ -286,6 +308,14 @@ class Daemon:
                 yield
             task.cancel()
 
+    @asynccontextmanager
+    async def _memory_watched(self) -> AsyncIterator[None]:
+        looks = watch(self.meter, lambda: self.scheduler.state, self.scheduler.post)
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(looks, name="memory")
+            yield
+            task.cancel()
+
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """SIGTERM and SIGINT stop, a second one at once; SIGHUP reloads."""
@@ -326,7 +356,7 @@ class Daemon:
         try:
             config = load(self.options.config)
             keys, self._engine_keys = keyring(config), engine_keys(config)
-            before, after = self.setup, set_up(config, self.options.places)
+            before, after = self.setup, set_up(config, self.options.places, self.cards)
             self.setup = after
             self.backend.replace(after)
             self.engines.update(clients(after, self.engines, before))

@@ -58,8 +58,8 @@ class Demo:
         self._stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         self.state_dir = self._given or scratch
         self.path = scratch / "config.yaml"
-        self._card = scratch / "card.json"
-        create(self._card, new_box(gpu_gb=CARD_GB, ram_gb=RAM_GB))
+        self.card = scratch / "card.json"
+        create(self.card, new_box(gpu_gb=CARD_GB, ram_gb=RAM_GB))
         self.path.write_text(self._yaml())
         return self
 
@@ -95,7 +95,7 @@ class Demo:
             "--served-model-name", model.id, model.alias,
             "--uds", "{socket}", "--enable-sleep-mode",
             "--gpu-memory-utilization", f"{model.awake_gb / CARD_GB:.3f}",
-            "--sim-card", str(self._card),
+            "--sim-card", str(self.card),
             "--sim-weights-gb", f"{model.weights_gb:g}",
             "--sim-residue-gb", "1.2",
             "--sim-speed", f"{self._speed:g}",

@@ -14,6 +14,7 @@ from homegptd.adapters.vllm_canary import Kind
 from homegptd.config.schema import Config
 from homegptd.core.durations import KEPT
 from homegptd.core.machine import initial
+from homegptd.core.memory import Learnt
 from homegptd.core.model import Engine, ModelId, State
 from homegptd.faces.ask import Limits
 from homegptd.faces.bodies import Bodies
@@ -57,14 +58,17 @@ def clients(
 
 
 def first_state(setup: Setup, store: Store) -> State:
-    """Everything down, with what this box has learnt about how long things take."""
+    """Everything down, with what this box has learnt about how long things take and how large
+    they are."""
     state = initial(setup.specs, setup.policy, dict(setup.gpus), setup.host_mib)
     took: dict[ModelId, dict[str, tuple[float, ...]]] = {}
     for (model, act), seconds in store.durations().items():
         took.setdefault(model, {})[act] = tuple(seconds)[-KEPT:]
-    engines: dict[ModelId, Engine] = {
-        name: replace(engine, took=took.get(name, {})) for name, engine in state.engines.items()
-    }
+    engines: dict[ModelId, Engine] = {}
+    for name, engine in state.engines.items():
+        version, known = store.newest_figures(name, engine.spec.fingerprint)
+        learnt = Learnt(known, version)
+        engines[name] = replace(engine, took=took.get(name, {}), learnt=learnt)
     return recall(store, replace(state, engines=engines))
 
 

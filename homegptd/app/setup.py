@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from homegptd.adapters.processes import Launch
 from homegptd.config.schema import (
@@ -14,6 +16,7 @@ from homegptd.config.schema import (
     RouterConfig,
     command_line,
 )
+from homegptd.core.memory import Card, Kind
 from homegptd.core.model import (
     EngineSpec,
     Gpu,
@@ -25,10 +28,16 @@ from homegptd.core.model import (
 )
 from homegptd.faces.adjust import Adjustment
 from homegptd.faces.ask import Limits
+from homegptd.host import box, weights
+from homegptd.host.places import Places as HostPlaces
 
 HOST_MIB_PER_ENGINE = round(HOST_PER_ENGINE_GB * 1024)
 HOST_RESERVE_MIB = 4096
 """RAM left to the box itself where the configuration does not say what engines may have."""
+DESKTOP_SHARE = 1 / 32
+"""Of a card, for what else is on it, where only the driver knows its size."""
+Cards = Mapping[Gpu, Card]
+NO_CARDS: Cards = MappingProxyType({})
 LEVEL_ONE_FROM_GB = 64
 """The original manager's rule: with less RAM than this, sleepers discard their weights."""
 
@@ -92,13 +101,15 @@ class Setup:
         return {ModelId(m.id): (m.name or m.id, m.aliases) for m in self.config.models}
 
 
-def set_up(config: Config, places: Places) -> Setup:
+def set_up(config: Config, places: Places, cards: Cards = NO_CARDS) -> Setup:
+    """`cards`: the box's as their driver tells them; empty without one."""
     specs = tuple(_spec(model, config) for model in config.models)
+    specs = tuple(_capped(spec, config, specs, cards) for spec in specs)
     return Setup(
         config=config,
         specs=specs,
         policy=_policy(config),
-        gpus=_gpus(config, specs),
+        gpus=_gpus(config, specs, cards),
         host_mib=_host_mib(config),
         launches={ModelId(m.id): _launch(m, places) for m in config.models},
         addresses={ModelId(m.id): _address(m, places) for m in config.models},
@@ -108,13 +119,18 @@ def set_up(config: Config, places: Places) -> Setup:
 
 def _spec(model: ModelConfig, config: Config) -> EngineSpec:
     idle = model.idle
+    pinned, guessed = _weights(model)
+    trusted = model.trust == "configured"
     return EngineSpec(
         model=ModelId(model.id),
         gpus=tuple(Gpu(index) for index in model.gpus),
         awake_mib=model.gpu_memory_mib_each,
         residue_mib=model.residue_mib_each,
-        pinned_mib=model.weights_mib,
+        pinned_mib=pinned,
         host_mib=HOST_MIB_PER_ENGINE,
+        pinned_margin_mib=0 if guessed or trusted else pinned,
+        estimated=_estimated(model),
+        trust_given=trusted,
         startup=Startup(model.startup_mode),
         level=None if model.sleep_level == "auto" else SleepLevel(model.sleep_level),
         pinned=model.pinned,
@@ -126,6 +142,40 @@ def _spec(model: ModelConfig, config: Config) -> EngineSpec:
         stop_after_s=idle.stop_after_s if idle else None,
         fingerprint=_fingerprint(model),
     )
+
+
+def _weights(model: ModelConfig) -> tuple[int, bool]:
+    """MiB, and whether they are but a guess from `gpu_memory_gb`, which is high as it is."""
+    engine = model.engine
+    if model.weights_gb is None and engine is not None and engine.model is not None:
+        places = box.caches(HostPlaces())
+        gib = weights.on_disk_gib(engine.model, places, weights.revision(engine.args))
+        if gib:
+            return min(math.ceil(gib * 1024), model.gpu_memory_mib), False
+    return model.weights_mib, model.weights_gb is None
+
+
+def _estimated(model: ModelConfig) -> frozenset[Kind]:
+    """Host RAM is never given."""
+    guessed = {Kind.PINNED: "weights_gb", Kind.RESIDUE: "residue_gb"}
+    return frozenset({Kind.HOST, *(k for k, key in guessed.items() if key in model.estimated)})
+
+
+def _capped(
+    spec: EngineSpec, config: Config, specs: tuple[EngineSpec, ...], cards: Cards
+) -> EngineSpec:
+    """What is given in round numbers may be a little more than a card has beside its sleepers.
+
+    The original manager took for granted that each model fits; up to a tenth that is taken off,
+    until the model is measured. Not for cards whose size is given: that was checked already.
+    """
+    given = {Gpu(card.index) for card in config.gpus if card.memory_mib is not None}
+    awake = spec.awake_mib
+    for gpu in spec.gpus:
+        if gpu in cards and gpu not in given:
+            asleep = sum(o.residue_mib for o in specs if gpu in o.gpus and o.model != spec.model)
+            awake = min(awake, round(cards[gpu].total_mib * (1 - DESKTOP_SHARE)) - asleep)
+    return replace(spec, awake_mib=max(awake, math.ceil(0.9 * spec.awake_mib)))
 
 
 def _fingerprint(model: ModelConfig) -> str:
@@ -166,12 +216,18 @@ def _policy(config: Config) -> Policy:
     )
 
 
-def _gpus(config: Config, specs: tuple[EngineSpec, ...]) -> dict[Gpu, int]:
-    """Each card's memory as given. One that is not given counts as just large enough for its
-    largest model beside the residues of the others: what the original manager took for granted."""
+def _gpus(config: Config, specs: tuple[EngineSpec, ...], cards: Cards) -> dict[Gpu, int]:
+    """Each card's memory as given, but not more than it has; else what it has.
+
+    Where nobody knows it counts as just large enough for its largest model beside the residues of
+    the others: what the original manager took for granted."""
     given = {Gpu(card.index): card.memory_mib for card in config.gpus}
     named = {gpu for spec in specs for gpu in spec.gpus}
-    return {gpu: given.get(gpu) or _assumed(gpu, specs) for gpu in sorted({*given, *named})}
+    sizes: dict[Gpu, int] = {}
+    for gpu in sorted({*given, *named}):
+        known = [given.get(gpu), cards[gpu].total_mib if gpu in cards else None]
+        sizes[gpu] = min((mib for mib in known if mib), default=0) or _assumed(gpu, specs)
+    return sizes
 
 
 def _assumed(gpu: Gpu, specs: tuple[EngineSpec, ...]) -> int:

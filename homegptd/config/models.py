@@ -20,8 +20,9 @@ from .schema import (
     SleepChoice,
     StartupMode,
     SwitchingConfig,
+    Trust,
 )
-from .sections import DEADLINE, IMAGE, PORT, SECONDS, SECONDS_ABOVE_0
+from .sections import DEADLINE, IMAGE, PORT, SECONDS, SECONDS_ABOVE_0, TRUST
 from .table import Table
 from .values import (
     Bad,
@@ -96,13 +97,20 @@ def defaults(root: Table) -> Defaults:
 
 
 def models(
-    root: Table, *, base: Defaults, cards: Sequence[GpuConfig], switching: SwitchingConfig
+    root: Table,
+    *,
+    base: Defaults,
+    cards: Sequence[GpuConfig],
+    switching: SwitchingConfig,
+    trust: Trust,
 ) -> tuple[Read, ...]:
     entries = root.need("models", listing(_keep, most=500), None)
     if entries == ():
         root.problem("models", "must be a list of at least one model")
     limit = switching.max_retries * switching.health_check_interval_seconds
-    return tuple(_model(_named(e), base=base, cards=cards, limit_s=limit) for e in entries or ())
+    return tuple(
+        _model(_named(e), base=base, cards=cards, limit_s=limit, trust=trust) for e in entries or ()
+    )
 
 
 def _keep(item: Item) -> Item:
@@ -118,7 +126,9 @@ def _named(item: Item) -> Item:
     return item
 
 
-def _model(item: Item, *, base: Defaults, cards: Sequence[GpuConfig], limit_s: float) -> Read:
+def _model(
+    item: Item, *, base: Defaults, cards: Sequence[GpuConfig], limit_s: float, trust: Trust
+) -> Read:
     table = Table(item)
     ident = table.need("id", MODEL_ID, "")
     engine = _engine(table, base)
@@ -149,6 +159,7 @@ def _model(item: Item, *, base: Defaults, cards: Sequence[GpuConfig], limit_s: f
         first_byte_timeout_s=table.get("first_byte_timeout_s", SECONDS_ABOVE_0, None),
         between_bytes_timeout_s=table.get("between_bytes_timeout_s", SECONDS_ABOVE_0, None),
         request=request(table),
+        trust=table.get("trust", TRUST, trust),
         engine=engine,
         start_limit_s=(engine and engine.start_timeout_s) or limit_s,
         estimated=_estimated(table, needed),

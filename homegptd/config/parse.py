@@ -7,8 +7,8 @@ from .checks import check
 from .models import defaults, models
 from .nodes import MAX_BYTES, Document, compose
 from .problems import ConfigError, Enough, Problem, Problems
-from .schema import Config
-from .sections import BACKEND, PATH, control, gpus, http, router, secrets, switching, webui
+from .schema import Config, Trust
+from .sections import BACKEND, PATH, TRUST, control, gpus, http, router, secrets, switching, webui
 from .table import Table
 from .values import Item, text
 
@@ -52,7 +52,9 @@ def _config(source: str, document: Document) -> Config | None:
 def _root(root: Table) -> Config:
     cards = gpus(root)
     switches = switching(root)
-    read = models(root, base=defaults(root), cards=cards, switching=switches)
+    usual: Trust = "measured"
+    trust = root.get("trust", TRUST, usual)
+    read = models(root, base=defaults(root), cards=cards, switching=switches, trust=trust)
     config = Config(
         models=tuple(entry.model for entry in read),
         default=root.get("default", text, None),
@@ -64,6 +66,7 @@ def _root(root: Table) -> Config:
         webui=webui(root),
         secrets=secrets(root),
         state_dir=root.get("state_dir", PATH, None),
+        trust=trust,
         backend=root.get("backend", BACKEND, None),
     )
     check(root, config, read)

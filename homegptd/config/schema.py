@@ -13,6 +13,7 @@ SleepChoice = Literal["auto", 1, 2]
 DeadlinePolicy = Literal["auto", "freeze", "wait", "cut"]
 BackgroundTasks = Literal["wait", "switch"]
 BackendName = Literal["process", "systemd"]
+Trust = Literal["measured", "configured"]
 EngineKind = Literal["generate", "embed", "score", "audio"]
 
 DEFAULT_IMAGE = "docker.io/vllm/vllm-openai:v0.32.0"
@@ -164,6 +165,9 @@ class ModelConfig:
     """Overrides `router.between_bytes_timeout_s` for this model."""
     request: RequestConfig = RequestConfig()
     """What is set in requests for it."""
+    trust: Trust = "measured"
+    """What counts where both are known: measured figures, or gpu_memory_gb, weights_gb, residue_gb
+    as given. Default: the file's top-level `trust`."""
     engine: EngineConfig | None = None
     """None: the unit is written by hand and only named here."""
     start_limit_s: float = 600.0
@@ -330,6 +334,8 @@ class Config:
     secrets: SecretsConfig = SecretsConfig()
     state_dir: str | None = None
     """Directory for what must survive; None: /var/lib/homegpt, or the user's XDG state home."""
+    trust: Trust = "measured"
+    """Of every model that does not say so itself."""
     backend: BackendName | None = None
     """Who runs engines; None: systemd where it manages this machine, else process."""
 

@@ -13,6 +13,7 @@ from .schema import (
     RouterConfig,
     SecretsConfig,
     SwitchingConfig,
+    Trust,
     WebuiConfig,
 )
 from .table import Table
@@ -50,6 +51,7 @@ DEADLINE: Reader[DeadlinePolicy] = choice(
     {"auto": "auto", "freeze": "freeze", "wait": "wait", "cut": "cut"}
 )
 TASKS: Reader[BackgroundTasks] = choice({"wait": "wait", "switch": "switch"})
+TRUST: Reader[Trust] = choice({"measured": "measured", "configured": "configured"})
 BACKEND: Reader[BackendName] = choice({"process": "process", "systemd": "systemd"})
 
 

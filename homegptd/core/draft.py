@@ -80,6 +80,8 @@ class Draft:
         self.orders = state.orders
         self.gpus: Mapping[Gpu, int] = state.gpus
         self.host_mib = state.host_mib
+        self.foreign = state.foreign
+        self.pressure = state.pressure
         self.commands: list[Command] = []
         self.changed = False
         self._alarms: list[float] = []
@@ -92,6 +94,8 @@ class Draft:
             policy=self.policy,
             gpus=self.gpus,
             host_mib=self.host_mib,
+            foreign=self.foreign,
+            pressure=self.pressure,
             waiting=tuple(self.waiting),
             granted=self.granted,
             operations=tuple(self.operations),

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from .memory import Held, Seen
 from .model import (
     EngineSpec,
     Exit,
     Failure,
-    Freed,
     Gpu,
     ModelId,
     Operation,
@@ -51,21 +51,32 @@ class StartEnded:
     order: OrderId
     traits: Traits | None = None
     failure: Failure | None = None
+    before: Held | None = None
+    after: Held | None = None
+    """What it held when it was up, as far as anything measures."""
+    crowded: Seen | None = None
+    """Nothing was begun: this is what was seen of the memory, and it did not suffice."""
 
 
 @dataclass(frozen=True, slots=True)
 class WakeEnded:
+    """`before`, `after` and `crowded` as for a start."""
+
     model: ModelId
     order: OrderId
     failure: Failure | None = None
+    before: Held | None = None
+    after: Held | None = None
+    crowded: Seen | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SleepEnded:
     model: ModelId
     order: OrderId
-    freed: Freed | None = None
     failure: Failure | None = None
+    before: Held | None = None
+    after: Held | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +96,8 @@ class ProveEnded:
     holds: bool
     detail: str = ""
     failure: Failure | None = None
+    after: Held | None = None
+    """What it holds when it is awake again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +124,7 @@ class Found:
     """An engine that ran before we did. `traits` is None if it does not answer yet."""
 
     traits: Traits | None = None
+    held: Held | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +140,17 @@ class ConfigChanged:
     policy: Policy
     gpus: Mapping[Gpu, int]
     host_mib: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySeen:
+    """Somebody looked at the cards and at the host's RAM, and it was not what it had been."""
+
+    missing: Mapping[Gpu, int]
+    """MiB that are neither on the books nor free, seen twice in a row."""
+    strangers: Mapping[Gpu, str] = field(default_factory=dict)
+    """Who else holds memory there."""
+    pressure: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +177,7 @@ Event = (
     | EngineSilent
     | Observed
     | ConfigChanged
+    | MemorySeen
     | ShutdownAsked
     | TimePassed
 )

@@ -1,6 +1,7 @@
 """What must hold in every state. Tests call it after each step; a debug setting can, too."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from . import ledger
 from .draft import in_flight
@@ -22,10 +23,11 @@ def violations(state: State, before: State | None = None) -> list[str]:
     """Every broken rule in words; empty if all is well.
 
     With `before`, the books may be overdrawn where they were so already and got no worse: an
-    adoption or a smaller configuration can bring that about, and no order can undo it at once.
+    adoption, a smaller configuration or a measurement can bring that about, and no order can undo
+    it at once.
     """
     return [
-        *_memory(state, ledger.used(before) if before else ledger.Books()),
+        *_memory(state, _used_before(state, before)),
         *_one_transition_per_gpu(state),
         *_tickets(state),
         *_phases(state),
@@ -42,6 +44,18 @@ def held(engine: Engine) -> frozenset[TicketId]:
             return frozen
         case _:
             return frozenset()
+
+
+def _used_before(state: State, before: State | None) -> ledger.Books:
+    """As the books would have been, had one known what was measured since."""
+    if before is None:
+        return ledger.Books()
+    now = state.engines
+    engines = {
+        name: replace(engine, learnt=now[name].learnt) if name in now else engine
+        for name, engine in before.engines.items()
+    }
+    return ledger.used(replace(before, engines=engines))
 
 
 def _memory(state: State, used_before: ledger.Books) -> Iterator[str]:

@@ -7,6 +7,9 @@ held before and holds after.
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from . import figures
+from .memory import HOST as HOST
+from .memory import Kind
 from .model import (
     Asleep,
     Awake,
@@ -24,22 +27,19 @@ from .model import (
     Waking,
 )
 
-HOST = Gpu(-1)
-"""Host RAM, as one more place on the books."""
-
 Books = Counter[Gpu]
 
 
 def awake(engine: Engine) -> Books:
     """What it holds awake."""
-    books = Books(dict.fromkeys(engine.spec.gpus, engine.spec.awake_mib))
+    books = _on_gpus(engine, Kind.AWAKE)
     books[HOST] = _host(engine, holds_pinned=engine.holds_pinned)
     return books
 
 
 def asleep(engine: Engine, level: SleepLevel) -> Books:
     """What it holds asleep. Pinned RAM stays for the life of the process, whatever the level."""
-    books = Books(dict.fromkeys(engine.spec.gpus, engine.spec.residue_mib))
+    books = _on_gpus(engine, Kind.RESIDUE)
     pinned = engine.holds_pinned or level is SleepLevel.ONE
     books[HOST] = _host(engine, holds_pinned=pinned)
     return books
@@ -70,7 +70,14 @@ def eventual(engine: Engine) -> Books:
 
 
 def budget(state: State) -> Books:
-    return Books({**state.gpus, HOST: state.host_mib})
+    """What engines may hold together: what was given, less what others hold."""
+    given = Books({**state.gpus, HOST: state.host_mib})
+    return Books({place: mib - foreign(state, place) for place, mib in given.items()})
+
+
+def foreign(state: State, place: Gpu) -> int:
+    """What others hold there, as far as it was seen."""
+    return state.foreign[place].mib if place in state.foreign else 0
 
 
 def total(books: Iterable[Books]) -> Books:
@@ -89,6 +96,21 @@ def within(books: Books, limit: Books) -> bool:
     return all(amount <= limit[place] for place, amount in books.items())
 
 
+def room_for(state: State, model: ModelId) -> Books:
+    """The budget while `model` is brought up.
+
+    What others take where it needs nothing more, on other GPUs and of the host's RAM for a wake,
+    cannot stand in its way: there the books may stay as they are, overdrawn or not.
+    """
+    limit = budget(state)
+    need, now = awake(state.engines[model]), charge(state.engines[model])
+    held = total(eventual(engine) for engine in state.engines.values())
+    for place in state.foreign:
+        if need[place] <= now[place]:
+            limit[place] = max(limit[place], held[place])
+    return limit
+
+
 def fits_now(engines: Mapping[ModelId, Engine], model: ModelId, limit: Books) -> bool:
     """Whether `model` can be awake beside what the others hold at this moment."""
     others = (charge(engine) for name, engine in engines.items() if name != model)
@@ -99,9 +121,17 @@ def ram_allows(
     engines: Mapping[ModelId, Engine], model: ModelId, level: SleepLevel, limit: Books
 ) -> bool:
     """Whether host RAM has room at this moment for `model` to be put to sleep at `level`."""
+    engine = engines[model]
+    if asleep(engine, level)[HOST] <= charge(engine)[HOST]:
+        return True  # it takes no more than it has
     others = sum(charge(engine)[HOST] for name, engine in engines.items() if name != model)
-    return others + asleep(engines[model], level)[HOST] <= limit[HOST]
+    return others + asleep(engine, level)[HOST] <= limit[HOST]
+
+
+def _on_gpus(engine: Engine, kind: Kind) -> Books:
+    return Books({gpu: figures.figure(engine, kind, gpu).charged_mib for gpu in engine.spec.gpus})
 
 
 def _host(engine: Engine, *, holds_pinned: bool) -> int:
-    return engine.spec.host_mib + (engine.spec.pinned_mib if holds_pinned else 0)
+    pinned = figures.figure(engine, Kind.PINNED).charged_mib if holds_pinned else 0
+    return figures.figure(engine, Kind.HOST).charged_mib + pinned

@@ -7,7 +7,7 @@ After each event the machine pursues its goals until nothing more can be done no
 from dataclasses import replace
 from typing import assert_never
 
-from . import freeing, results
+from . import figures, foreign, freeing, results
 from .draft import Draft, Outcome
 from .drains import ASK_AGAIN_S
 from .events import (
@@ -16,6 +16,7 @@ from .events import (
     EngineDied,
     EngineSilent,
     Event,
+    MemorySeen,
     Observed,
     OperationAsked,
     ProveEnded,
@@ -102,6 +103,9 @@ def _apply(d: Draft, event: Event) -> None:
             _observe(d, event)
         case ConfigChanged():
             _reconfigure(d, event)
+        case MemorySeen(missing, strangers, pressure):
+            d.pressure = pressure
+            foreign.see(d, missing, strangers)
         case ShutdownAsked():
             _shut_down(d)
         case TimePassed():
@@ -191,6 +195,7 @@ def _ask(d: Draft, operation: Operation) -> None:
     elif operation.act is Act.STOP:
         _forget(d, engine, operation)
     elif operation.act is not Act.SLEEP:
+        engine = figures.forgiven(engine)
         d.put(replace(engine, enabled=True, keep_loaded=True, failures=0, unproved={}))
         if operation.act is Act.START and not isinstance(engine.phase, Down | Stopping):
             d.finish(operation, f"{operation.model} is up already")
@@ -360,7 +365,8 @@ def _restart_with(d: Draft, engine: Engine, spec: EngineSpec) -> None:
     )
     match engine.phase:
         case Down():
-            d.put(replace(changed, spec=spec, phase=Down(d.now), renew=False, next_spec=None))
+            fresh = figures.configured(changed, spec)
+            d.put(replace(fresh, phase=Down(d.now), renew=False, next_spec=None))
         case Stopping() as phase:
             phase = replace(phase, failure=None, retry_at=None)
             d.put(replace(changed, phase=phase, renew=True, next_spec=spec))

@@ -14,12 +14,13 @@ from .asks import Chore as Chore
 from .asks import Ended as Ended
 from .asks import Operation as Operation
 from .asks import Ticket as Ticket
+from .memory import Figures, Foreign, Kind, Learnt
+from .memory import Gpu as Gpu
 
 ModelId = NewType("ModelId", str)
 TicketId = NewType("TicketId", int)
 OperationId = NewType("OperationId", int)
 OrderId = NewType("OrderId", int)
-Gpu = NewType("Gpu", int)
 
 
 class SleepLevel(IntEnum):
@@ -79,13 +80,6 @@ class Running:
 
 
 @dataclass(frozen=True, slots=True)
-class Freed:
-    """What a sleep gave back, as far as it was measured; None where nothing measures."""
-
-    gpu_mib: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Traits:
     """What a running engine said and proved about itself."""
 
@@ -100,6 +94,8 @@ class Traits:
     """Where the server can tell (its sleep gauge, 0.12+); None: unknown, or awake."""
     proofs: Mapping[Proof, bool] = field(default_factory=dict)
     """Proofs of this model with this image and these flags; absent: not tried yet."""
+    figures: Figures = field(default_factory=dict)
+    """What was measured of it in earlier lives with this image and these flags."""
 
 
 # ---------------------------------------------------------------- what is given
@@ -119,6 +115,9 @@ class EngineSpec:
     """Host RAM pinned by the first sleep at level 1 and kept until the process ends."""
     host_mib: int
     """Host RAM of the processes beside that."""
+    pinned_margin_mib: int = 0  # until it is measured: vLLM rounds up
+    estimated: frozenset[Kind] = frozenset()  # what nobody gave
+    trust_given: bool = False  # whatever is measured
     startup: Startup = Startup.SLEEP
     level: SleepLevel | None = None
     """As configured; None: the policy's default, which the ledger may lower."""
@@ -156,6 +155,8 @@ class Policy:
     """What failed is loaded again in the place of an engine that was quiet for this long."""
     backoff_s: float = 5.0
     backoff_max_s: float = 300.0
+    leak_mib: int = 512
+    """Growth of a residue since the first sleep of an engine's life after which it is renewed."""
     max_failures: int = 5
     """Failures in a row after which only an operator starts the engine again."""
 
@@ -306,6 +307,7 @@ class Engine:
     """Seconds that each act of `durations` took on this box, the newest last."""
     unproved: Mapping[Proof, str] = field(default_factory=dict)
     """Proofs that failed, and how."""
+    learnt: Learnt = field(default_factory=Learnt)
     no_room: Failure | None = None
     """Why it can never come up beside what is pinned, since it was last tried."""
 
@@ -329,6 +331,9 @@ class State:
     """Budget of each GPU in MiB."""
     host_mib: int = 0
     """Budget of host RAM for engines."""
+    foreign: Mapping[Gpu, Foreign] = field(default_factory=dict)
+    """What the books miss: held by others, or by engines beyond their figures."""
+    pressure: float = 0.0  # percent of the last 10 s, as in `Seen`
     waiting: tuple[Ticket, ...] = ()
     """In order of arrival."""
     granted: Mapping[TicketId, Ticket] = field(default_factory=dict)

@@ -52,8 +52,7 @@ def make_room(
     Without `may_stop` only those are stopped that cannot sleep at all.
     Counts with what the orders in flight will leave behind.
     """
-    limit = ledger.budget(state)
-    need = ledger.awake(state.engines[target])
+    limit, need = ledger.room_for(state, target), ledger.awake(state.engines[target])
     chances = likely(state, target)
     choices = [
         (name, [Way(0.0, ledger.eventual(engine), displaces=False)])

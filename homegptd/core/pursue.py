@@ -6,7 +6,7 @@ different GPUs go on side by side and those on the same GPU one after the other.
 
 from dataclasses import dataclass, field, replace
 
-from . import ledger, plans, results, sums
+from . import foreign, ledger, plans, results, sums
 from .admission import turn_away
 from .draft import Draft
 from .drains import Resting, drain_s, progress
@@ -51,6 +51,7 @@ def pursue(d: Draft) -> None:
         d.changed = False  # grants come before the goals of the same pass
         if not d.booted and not d.chores and not d.stopping:
             d.booted = True
+        foreign.renew_leaking(d)
         d.chores.extend(restores(d))
         _Pass(d).run()
         if not d.changed:
@@ -259,7 +260,7 @@ class _Pass:
         self._remember(goal, displaced)
         for name, level in displaced.items():
             self._displace(goal, d.engines[name], level)
-        fits = ledger.fits_now(d.engines, goal.model, ledger.budget(d.state()))
+        fits = ledger.fits_now(d.engines, goal.model, ledger.room_for(d.state(), goal.model))
         if not displaced and d.quiet(gpus) and fits:
             if isinstance(engine.phase, Asleep):
                 d.wake(goal.model, engine.phase)

@@ -5,7 +5,7 @@ A result counts only if it belongs to the order that the engine's phase is waiti
 
 from dataclasses import replace
 
-from . import durations, likely
+from . import durations, figures, foreign, likely
 from .commands import Probe
 from .draft import Draft
 from .events import (
@@ -48,6 +48,10 @@ def start_ended(d: Draft, event: StartEnded) -> None:
     engine = _awaited(d, event.model, event.order, Starting)
     if engine is None:
         return
+    if event.crowded is not None:
+        d.phase(event.model, Down(d.now))
+        foreign.bar(d, event.model, event.crowded)
+        return
     if event.failure is not None or event.traits is None:
         _fail(d, engine, event.failure or Failure("it did not say what it is"), again_at_once=False)
         return
@@ -55,8 +59,12 @@ def start_ended(d: Draft, event: StartEnded) -> None:
     timed = engine if adopted else _timed(d, engine)
     phase = _found_phase(d, event.traits)
     pinned = may_have_pinned(event.traits) if adopted else isinstance(phase, Asleep)
-    up = replace(timed, traits=event.traits, phase=phase, holds_pinned=pinned, no_room=None)
-    d.put(replace(up, up_since=d.now))
+    known = replace(figures.identified(timed, event.traits), holds_pinned=pinned)
+    if adopted:
+        known = figures.adopted(known, event.after)
+    else:
+        known = figures.started(known, event.before, event.after)
+    d.put(replace(known, phase=phase, up_since=d.now, no_room=None))
     _came_up(d, event.model)
     d.watch(event.model)
 
@@ -65,12 +73,16 @@ def wake_ended(d: Draft, event: WakeEnded) -> None:
     engine = _awaited(d, event.model, event.order, Waking)
     if engine is None or not isinstance(engine.phase, Waking):
         return
+    if event.crowded is not None:
+        _back_to_sleep(d, engine, engine.phase)
+        foreign.bar(d, event.model, event.crowded)
+        return
     if event.failure is not None:
         _fail(d, engine, event.failure)
         return
     frozen = engine.phase.frozen
     awake = Awake(d.now, leases=frozen, idle_since=None if frozen else d.now)
-    timed = _timed(d, engine)
+    timed = figures.woke(_timed(d, engine), event.before, event.after)
     d.put(replace(timed, phase=awake, last_used=d.now, no_room=None))
     _came_up(d, event.model)
 
@@ -81,6 +93,11 @@ def _came_up(d: Draft, model: ModelId) -> None:
         d.wanted = (*d.wanted, model)[-likely.KEPT :]
 
 
+def _back_to_sleep(d: Draft, engine: Engine, phase: Waking) -> None:
+    until = d.now + d.policy.freeze_max_s if phase.frozen else None
+    d.phase(engine.spec.model, Asleep(phase.level, d.now, phase.frozen, until))
+
+
 def sleep_ended(d: Draft, event: SleepEnded) -> None:
     engine = _awaited(d, event.model, event.order, FallingAsleep)
     if engine is None or not isinstance(engine.phase, FallingAsleep):
@@ -88,10 +105,16 @@ def sleep_ended(d: Draft, event: SleepEnded) -> None:
     if event.failure is not None:
         _fail(d, engine, event.failure)
         return
+    why = figures.hoarded(engine, event.before, event.after)
+    if why is not None:
+        d.put(figures.hoarding(engine))
+        text = f"vLLM says that it sleeps, but only {why}"
+        _fail(d, d.engines[event.model], Failure(text, f"homegptctl logs {event.model}"))
+        return
     level, frozen = engine.phase.level, engine.phase.frozen
     until = d.now + d.policy.freeze_max_s if frozen else None
     asleep = Asleep(level, d.now, frozen, until)
-    d.put(replace(_timed(d, engine), phase=asleep))
+    d.put(replace(figures.slept(_timed(d, engine), event.before, event.after), phase=asleep))
 
 
 def stop_ended(d: Draft, event: StopEnded) -> None:
@@ -103,10 +126,10 @@ def stop_ended(d: Draft, event: StopEnded) -> None:
         d.phase(event.model, replace(engine.phase, order=None, again_at=again))
         return
     down = Down(d.now, engine.phase.failure, engine.phase.retry_at)
+    ended = figures.renewed(_timed(d, engine))
     d.put(
         replace(
-            _timed(d, engine),
-            spec=engine.next_spec or engine.spec,
+            figures.configured(ended, engine.next_spec or engine.spec),
             phase=down,
             traits=None,
             holds_pinned=False,
@@ -130,6 +153,7 @@ def prove_ended(d: Draft, event: ProveEnded) -> None:
             unproved[event.proof] = event.detail
         traits = replace(engine.traits, proofs=proofs)
         awake = Awake(d.now, idle_since=d.now)
+        engine = figures.woke(engine, None, event.after)
         d.put(replace(engine, traits=traits, unproved=unproved, phase=awake))
         return
     unproved = {**engine.unproved, event.proof: event.failure.message}
@@ -179,17 +203,16 @@ def _adopt(d: Draft, engine: Engine, found: Found) -> None:
         d.put(replace(d.engines[name], holds_pinned=True))  # nobody knows
         return
     phase = _found_phase(d, found.traits)
-    d.put(
-        replace(
-            engine,
-            phase=phase,
-            traits=found.traits,
-            incarnation=engine.incarnation + 1,
-            up_since=d.now,
-            holds_pinned=may_have_pinned(found.traits),
-            enabled=True,
-        )
+    known = figures.identified(engine, found.traits)
+    known = replace(
+        known,
+        phase=phase,
+        incarnation=engine.incarnation + 1,
+        up_since=d.now,
+        holds_pinned=may_have_pinned(found.traits),
+        enabled=True,
     )
+    d.put(figures.adopted(known, found.held))
     d.watch(name)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, assert_never
 
-from . import drains
+from . import drains, story_memory
 from .commands import Cut, Finish, Refuse
 from .draft import Outcome
 from .events import (
@@ -71,7 +71,9 @@ def tell(before: State, event: Event, outcome: Outcome, now: float) -> tuple[Lin
     after = outcome.state
     known = before.engines
     changed = [e for name, e in after.engines.items() if known.get(name) is not e]
+    barred = story_memory.barred(event)
     moved = [e for e in changed if _moved(known.get(e.spec.model), e)]
+    moved = [e for e in moved if e.spec.model != barred]
     moved.sort(key=lambda e: _acts(e.phase))  # what has ended comes before what begins
     quiet = not moved and before.booted is after.booted
     if quiet and isinstance(event, RequestArrived) and len(outcome.commands) <= 1:
@@ -80,6 +82,10 @@ def tell(before: State, event: Event, outcome: Outcome, now: float) -> tuple[Lin
     lines += [_phase(known.get(engine.spec.model), event, engine, after, now) for engine in moved]
     for engine in changed:
         lines += _outlived(known.get(engine.spec.model), engine, after, now)
+    lines += [
+        Line("warning" if warns else "info", kind, model, text)
+        for warns, kind, model, text in story_memory.lines(before, event, after)
+    ]
     lines += [*_trouble(before, event, after, now), *_no_room(before, changed)]
     lines += [*_cuts(before, outcome), *_refusals(before, event, outcome)]
     lines += [_ended(c.ended, now) for c in outcome.commands if isinstance(c, Finish)]

@@ -20,7 +20,7 @@ class _Term:
 
     mib: int
     what: str
-    name: ModelId
+    name: str
     stays: bool
     """Nothing may take that away."""
 
@@ -30,7 +30,7 @@ def fitting(state: State, model: ModelId, room: Displacements) -> tuple[str, ...
     lines = []
     for place, need in sorted(ledger.awake(state.engines[model]).items()):
         terms = [*_terms(state, model, place, room, lambda engine: True)]
-        left = ledger.budget(state)[place] - sum(term.mib for term in terms)
+        left = _given(state, place) - sum(term.mib for term in terms)
         lines.append(f"{_line(state, place, need, terms)}, {_gb(left - need)} to spare")
     return tuple(lines)
 
@@ -47,10 +47,13 @@ def lacking(
         return not may_displace(engine)
 
     lines, tight = [], []
+    now = ledger.charge(state.engines[model])
     for place, need in sorted(ledger.awake(state.engines[model]).items()):
+        if place in state.foreign and need <= now[place]:
+            continue  # what others take cannot stand in its way: it has what it needs
         room = _asleep_together(state, model, stays)
         terms = [*_terms(state, model, place, room, stays)]
-        total = ledger.budget(state)[place]
+        total = _given(state, place)
         most = total - sum(term.mib for term in terms if term.stays)
         line = _line(state, place, need, terms)
         sleepers = [term.name for term in terms if not term.stays]
@@ -103,6 +106,13 @@ def _terms(
         if books[place]:
             sleeps = displaced or isinstance(engine.phase, Asleep | FallingAsleep)
             yield _Term(books[place], _what(engine, place, books, sleeps), name, stays(engine))
+    others = ledger.foreign(state, place)
+    if others:
+        yield _Term(others, "held by", state.foreign[place].who or "others", stays=True)
+
+
+def _given(state: State, place: Gpu) -> int:
+    return state.host_mib if place == HOST else state.gpus.get(place, 0)
 
 
 def _what(engine: Engine, place: Gpu, books: Mapping[Gpu, int], sleeps: bool) -> str:
@@ -116,7 +126,7 @@ def _what(engine: Engine, place: Gpu, books: Mapping[Gpu, int], sleeps: bool) ->
 
 
 def _line(state: State, place: Gpu, need: int, terms: list[_Term]) -> str:
-    total = ledger.budget(state)[place]
+    total = _given(state, place)
     shown, said = "", ""
     for term in terms:
         what = term.what
@@ -133,6 +143,6 @@ def _gb(mib: int) -> str:
     return f"{mib / 1024:.1f}"
 
 
-def _and(names: list[ModelId]) -> str:
+def _and(names: list[str]) -> str:
     *most, last = names
     return f"{', '.join(most)} and {last}" if most else last

@@ -11,3 +11,8 @@ def span(seconds: float) -> str:
     if seconds >= 120.0:
         return f"{seconds / 60.0:.0f} min"
     return f"{round(seconds, 1 if seconds < 10.0 else None):g} s"
+
+
+def gb(mib: int) -> str:
+    """`4.0` for 4096 MiB; GiB, as vLLM and nvidia-smi count."""
+    return f"{mib / 1024:.1f}"

@@ -199,6 +199,8 @@ def _gpu(gpu: GpuView, models: list[ModelView], style: Style) -> list[str]:
                  if gpu["index"] in model["gpus"] and _holds(model)]  # fmt: skip
         by = f" by {', '.join(names)}" if names else ""
         reserved = f", {gib(gpu['reserved_mib'])} reserved{by}"
+    if others := gpu.get("foreign_mib", 0):
+        reserved += f", {gib(others)} held by others"
     used = f"{gib(gpu['used_mib'])} of {gib(gpu['total_mib'])} GiB{reserved}"
     lender = gpu.get("freed_by")
     lent = f"; freed by {clean(lender)} (homegptctl reclaim)" if lender else ""

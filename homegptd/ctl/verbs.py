@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[str, str, str, str]] = {
     ),
     "reclaim": ("acts", "", "--wait --no-wait --gpu=", "let a freed GPU serve models again"),
     "plan": ("plan", "MODEL", "", "what a switch would do, and how long it should take"),
+    "memory": ("memory", "[MODEL]", "", "what memory is reckoned with, measured or given"),
     "operation": ("acts", "ID", "--wait --no-wait", "an operation, running or ended"),
     "cancel": ("acts", "ID", "", "give up what an operation has not yet begun"),
     "events": ("watch", "", "--follow", "what happens, as it happens"),

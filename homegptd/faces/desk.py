@@ -16,12 +16,14 @@ from homegptd.core.durations import Span
 from homegptd.core.model import Act, Awake, Gpu, ModelId, OperationId, SleepLevel
 from homegptd.core.refusals import Reason
 from homegptd.core.story import Line, summary
+from homegptd.runtime.ports import MeterPort
 from homegptd.runtime.scheduler import Scheduler
 from homegptd.wire import control as wire
 
 from . import views
 from .accounts import Accounts
 from .adjust import Adjustment
+from .memory import report
 from .methods import Caller, Refused
 from .progress import Progress, foresee
 
@@ -50,6 +52,7 @@ class Desk:
         logs: Logs,
         reload: Reload,
         accounts: Accounts | None = None,
+        meter: MeterPort | None = None,
     ) -> None:
         self._scheduler = scheduler
         self.names = names
@@ -58,6 +61,7 @@ class Desk:
         self._logs = logs
         self._reload = reload
         self._accounts = accounts or Accounts()
+        self._meter = meter
         self._operations: OrderedDict[int, Progress] = OrderedDict()
         self._news = asyncio.Event()
         self._readers: list[deque[wire.EventNotice]] = []
@@ -129,6 +133,10 @@ class Desk:
             "eta": None if eta is None else _span(eta),
             "sum": list(plan.sums),
         }
+
+    async def memory(self, model: str | None) -> wire.MemoryReport:
+        chosen = [self._known(model)] if model is not None else None
+        return await report(lambda: self._scheduler.state, self._meter, chosen)
 
     async def logs(self, model: str, *, lines: int) -> wire.LogsView:
         return await self._logs(self._known(model), lines)

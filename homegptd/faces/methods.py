@@ -78,6 +78,10 @@ class Control(Protocol):
 
     async def plan(self, model: str) -> wire.PlanView: ...
 
+    async def memory(self, model: str | None) -> wire.MemoryReport:
+        """Figures, sums and pressure, and what can be measured at this moment."""
+        ...
+
     async def logs(self, model: str, *, lines: int) -> wire.LogsView:
         """The last lines of the model's engine, and how the caller can follow them."""
         ...
@@ -246,6 +250,10 @@ async def _plan(call: Request, given: wire.PlanParams) -> wire.PlanView:
     return await call.session.control.plan(given["model"])
 
 
+async def _memory(call: Request, given: wire.MemoryParams) -> wire.MemoryReport:
+    return await call.session.control.memory(given.get("model"))
+
+
 async def _logs(call: Request, given: wire.LogsParams) -> wire.LogsView:
     lines = given.get("lines", 50)
     if not 0 < lines <= 10_000:
@@ -332,6 +340,10 @@ _ROWS: tuple[Entry[Any], ...] = (
         wire.IdParams, _OPERATION, _cancel, changes=True,
     ),
     Entry(Method.PLAN, "what a switch would do now", wire.PlanParams, wire.PlanView, _plan),
+    Entry(
+        Method.MEMORY, "what memory is reckoned with, and what is really held",
+        wire.MemoryParams, wire.MemoryReport, _memory,
+    ),
     Entry(
         Method.EVENTS, "subscribe to events, which follow as notifications",
         wire.NoParams, wire.EventsView, _events,

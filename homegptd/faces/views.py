@@ -5,9 +5,10 @@ Instants in a snapshot are loop time; `wall` turns them into Unix seconds.
 
 from collections.abc import Callable, Iterable, Mapping
 
-from homegptd.core import drains, freeing, ledger
+from homegptd.core import drains, figures, freeing, ledger
 from homegptd.core.draft import in_flight
 from homegptd.core.invariants import held
+from homegptd.core.memory import Kind, Source
 from homegptd.core.model import (
     Act,
     Asleep,
@@ -36,6 +37,17 @@ Names = Mapping[ModelId, tuple[str, tuple[str, ...]]]
 """For each model its name for people and its aliases."""
 
 _GIB = 1024
+_FIGURES: Mapping[Kind, wire.FigureWord] = {
+    Kind.AWAKE: "awake",
+    Kind.RESIDUE: "residue",
+    Kind.PINNED: "pinned",
+    Kind.HOST: "host",
+}
+_SOURCES: Mapping[Source, wire.SourceWord] = {
+    Source.CONFIGURED: "configured",
+    Source.ESTIMATED: "estimated",
+    Source.MEASURED: "measured",
+}
 
 
 def phase_word(phase: Phase) -> wire.PhaseWord:
@@ -94,6 +106,7 @@ def model_view(state: State, model: ModelId, names: Names, wall: Wall) -> wire.M
             "gpu": sum(books[gpu] for gpu in engine.spec.gpus),
             "host": books[ledger.HOST],
         },
+        "figures": figure_views(engine),
         "requests": _requests(state, engine),
         "until": None if until is None else wall(until),
         "why": why(state, engine),
@@ -105,6 +118,20 @@ def model_view(state: State, model: ModelId, names: Names, wall: Wall) -> wire.M
 
 def models_view(state: State, names: Names, wall: Wall) -> list[wire.ModelView]:
     return [model_view(state, model, names, wall) for model in state.engines]
+
+
+def figure_views(engine: Engine) -> list[wire.FigureView]:
+    return [
+        {
+            "kind": _FIGURES[kind],
+            "gpu": None if place == ledger.HOST else place,
+            "mib": figure.mib,
+            "margin_mib": figure.margin_mib,
+            "source": _SOURCES[figure.source],
+            "at": figure.at,
+        }
+        for (kind, place), figure in figures.table(engine).items()
+    ]
 
 
 def queue_view(state: State, wall: Wall) -> list[wire.QueueView]:
@@ -130,6 +157,7 @@ def gpus_view(state: State) -> list[wire.GpuView]:
                 reserved += amount
             else:
                 settled += amount
+        foreign = ledger.foreign(state, gpu)
         views.append(
             {
                 "index": gpu,
@@ -137,7 +165,8 @@ def gpus_view(state: State) -> list[wire.GpuView]:
                 "total_mib": total,
                 "used_mib": settled,
                 "reserved_mib": reserved,
-                "free_mib": total - settled - reserved,
+                "foreign_mib": foreign,
+                "free_mib": max(total - settled - reserved - foreign, 0),
                 "freed_by": state.freed[gpu].by if gpu in state.freed else None,
             }
         )

@@ -104,6 +104,15 @@ def estimate(
     return _guessed(model, gpus)
 
 
+def on_disk_gib(model: str, caches: Sequence[Path], revision: str | None = None) -> float:
+    """Size of the weights that would be loaded; 0 where they are in none of the caches."""
+    for cache in caches:
+        files = Path(model) if is_local(model) else snapshot(cache, model, revision)
+        if files is not None and (found := weight_files(files)):
+            return sum(path.stat().st_size for path in found if path.exists()) / GIB
+    return 0.0
+
+
 def _measured(files: Path, args: Sequence[str], gpus: int) -> Estimate:
     size = sum(path.stat().st_size for path in weight_files(files) if path.exists()) / GIB
     shape = _shape(files)

@@ -3,12 +3,13 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 from homegptd.core.events import Found, Observed
 from homegptd.core.model import ModelId, Traits
 from homegptd.core.refusals import Fault
 
-from .ports import EnginesPort, UnitsPort
+from .ports import EnginesPort, MeterPort, UnitsPort
 
 log = logging.getLogger(__name__)
 
@@ -18,13 +19,17 @@ OBSERVE_S = 30.0
 """How long one engine may take to say what it is, in seconds; they are asked side by side."""
 
 
-async def observe(units: UnitsPort, engines: EnginesPort, identify: Identify) -> Observed:
+async def observe(
+    units: UnitsPort, engines: EnginesPort, identify: Identify, meter: MeterPort | None = None
+) -> Observed:
     """Ask every engine that runs what it is. One that does not answer (yet) has no traits."""
     running = await units.observe()
     found: dict[ModelId, Found] = {}
 
     async def ask(model: ModelId) -> None:
-        found[model] = await _ask(engines, model, identify)
+        said = await _ask(engines, model, identify)
+        held = await meter.held(model) if meter is not None and said.traits is not None else None
+        found[model] = replace(said, held=held)
 
     async with asyncio.TaskGroup() as group:
         for model in running:

@@ -31,7 +31,8 @@ from homegptd.core.model import (
 )
 from homegptd.core.refusals import Fault
 
-from .ports import EnginePort, EnginesPort, StorePort, UnitsPort
+from .measuring import Blind, Measuring
+from .ports import EnginePort, EnginesPort, MeterPort, StorePort, UnitsPort
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class Orders:
         *,
         start_limit_s: Callable[[ModelId], float],
         limits: Limits = Limits(),
+        meter: MeterPort | None = None,
     ) -> None:
         self._units = units
         self._engines = engines
@@ -81,10 +83,14 @@ class Orders:
         self._asking: dict[ModelId, asyncio.Task[None]] = {}
         self._post: Callable[[Event], None] = _nobody
         self._state: Callable[[], State] = State
+        self._memory = Measuring(meter or Blind(), self._newest)
 
     def connect(self, post: Callable[[Event], None], state: Callable[[], State]) -> None:
         """Where events go and where the newest state is: the scheduler is made after us."""
         self._post, self._state = post, state
+
+    def _newest(self) -> State:
+        return self._state()
 
     def carry_out(self, command: Order | Watch | Probe, group: asyncio.TaskGroup) -> None:
         name = f"{type(command).__name__.lower()} {command.model}"
@@ -116,6 +122,7 @@ class Orders:
             log.exception("%s failed in an unexpected way", type(command).__name__)
             event = _failed(command, Failure(f"{type(error).__name__}: {error}"))
         self._post(event)
+        self._remember_figures(command.model)
 
     def _body(
         self, command: Order, before: asyncio.Task[None] | None
@@ -148,7 +155,7 @@ class Orders:
                 f'"{model}" did not end its {act} in {limit:.0f} s, ten times what it takes here',
                 hint=f"homegptctl logs {model}",
             ) from None
-        if not adopts:
+        if not adopts and not getattr(event, "crowded", None):
             self._store.remember_duration(model, act, loop.time() - began)
         return event
 
@@ -168,6 +175,10 @@ class Orders:
 
     async def _start(self, order: Start) -> Event:
         model = order.model
+        adopts = self._adopts(model)
+        if crowded := await self._memory.crowded(model):
+            return StartEnded(model, order.order, crowded=crowded)
+        before = None if adopts else await self._memory.held(model)
         await self._units.start(model)
         limit = self._start_limit_s(model)
         engine = self._engines[model]
@@ -181,7 +192,9 @@ class Orders:
             ) from None
         if isinstance(exited, Exit):
             raise _died_starting(model, exited)
-        return StartEnded(model, order.order, await self.identify(model))
+        traits = await self.identify(model)
+        after = await self._memory.held(model)
+        return StartEnded(model, order.order, traits, before=before, after=after)
 
     async def identify(self, model: ModelId) -> Traits:
         """What the running engine says of itself, and what this box has proved of it before."""
@@ -193,19 +206,27 @@ class Orders:
         elif traits.asleep:  # adopted: it cannot be asked, but an earlier daemon has asked it
             engine.canary_reference = self._store.canary(model, key)
         known = self._store.proofs(model, key)
-        return replace(traits, proofs={**traits.proofs, **known})
+        figures = self._store.figures(model, key)
+        return replace(traits, proofs={**traits.proofs, **known}, figures=figures)
 
     def _key(self, model: ModelId, traits: Traits) -> str:
         """Proofs hold for this configuration and this vLLM, and for no other."""
         return f"{self._state().engines[model].spec.fingerprint}/{traits.version}"
 
     async def _wake(self, order: Wake) -> Event:
-        await self._engines[order.model].wake(order.level, frozen=order.frozen)
-        return WakeEnded(order.model, order.order)
+        model = order.model
+        if crowded := await self._memory.crowded(model):
+            return WakeEnded(model, order.order, crowded=crowded)
+        before = await self._memory.held(model)
+        await self._engines[model].wake(order.level, frozen=order.frozen)
+        after = await self._memory.held(model)
+        return WakeEnded(model, order.order, before=before, after=after)
 
     async def _sleep(self, order: Sleep) -> Event:
-        freed = await self._engines[order.model].sleep(order.level, order.mode)
-        return SleepEnded(order.model, order.order, freed)
+        before = await self._memory.held(order.model)
+        await self._engines[order.model].sleep(order.level, order.mode)
+        after = await self._memory.settled(order.model, before)
+        return SleepEnded(order.model, order.order, before=before, after=after)
 
     async def _stop(self, order: Stop, before: asyncio.Task[None] | None) -> Event:
         if before is not None:
@@ -223,7 +244,8 @@ class Orders:
             detail, holds = fault.message, False
             failure = _failure(fault) if fault.unsettled else await self._still_sane(engine)
         self._remember_proof(model, order.proof, detail, holds=holds)
-        return ProveEnded(model, order.order, order.proof, holds, detail, failure)
+        after = await self._memory.held(model)
+        return ProveEnded(model, order.order, order.proof, holds, detail, failure, after)
 
     async def _still_sane(self, engine: EnginePort) -> Failure | None:
         try:
@@ -238,6 +260,13 @@ class Orders:
         if engine is not None and engine.traits is not None:
             key = self._key(model, engine.traits)
             self._store.remember_proof(model, key, proof, holds=holds, detail=detail)
+
+    def _remember_figures(self, model: ModelId) -> None:
+        """What the machine has learnt from the event that was just posted."""
+        engine = self._state().engines.get(model)
+        if engine is not None and engine.learnt.version:
+            key = f"{engine.spec.fingerprint}/{engine.learnt.version}"
+            self._store.remember_figures(model, key, engine.learnt.figures)
 
     # ------------------------------------------------------------ watching
 

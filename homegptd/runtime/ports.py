@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from homegptd.core.model import Exit, Freed, ModelId, Proof, Running, SleepLevel, SleepMode, Traits
+from homegptd.core.memory import Figures, Held, Seen
+from homegptd.core.model import Exit, ModelId, Proof, Running, SleepLevel, SleepMode, Traits
 
 Canary = str | tuple[float, ...]
 """What a healthy model said to its canary's question: text, or a vector or scores."""
@@ -46,8 +47,9 @@ class EnginePort(Protocol):
     async def identify(self) -> Traits:
         """After `ready`: version, what it can do, whether it sleeps now; records the canary."""
 
-    async def sleep(self, level: SleepLevel, mode: SleepMode) -> Freed:
-        """A verified transaction: `/sleep`, `/is_sleeping`, memory really free."""
+    async def sleep(self, level: SleepLevel, mode: SleepMode) -> None:
+        """A verified transaction: `/sleep`, `/is_sleeping`. Whether memory came back is for the
+        meter to say."""
 
     async def wake(self, level: SleepLevel, *, frozen: bool) -> None:
         """A verified transaction: wake, for level 2 reload in between, canary.
@@ -74,6 +76,17 @@ class EnginesPort(Protocol):
     def __getitem__(self, model: ModelId, /) -> EnginePort: ...
 
 
+class MeterPort(Protocol):
+    """Measures memory: NVML and /proc, or a simulated box. Never raises; None where nobody knows,
+    as on a box without a driver."""
+
+    async def seen(self) -> Seen | None:
+        """The cards, who else is on them, and the host's RAM."""
+
+    async def held(self, model: ModelId) -> Held | None:
+        """What the engine's processes hold, workers and all."""
+
+
 class NotifyPort(Protocol):
     """systemd's sd_notify(3); every call is a no-op where nobody listens."""
 
@@ -96,5 +109,7 @@ class StorePort(Protocol):
     ) -> None: ...
     def note(self, name: str) -> str | None: ...
     def remember_note(self, name: str, text: str) -> None: ...
+    def figures(self, model: ModelId, key: str) -> Figures: ...
+    def remember_figures(self, model: ModelId, key: str, figures: Figures) -> None: ...
     def durations(self) -> Mapping[tuple[ModelId, str], Sequence[float]]: ...
     def remember_duration(self, model: ModelId, act: str, seconds: float) -> None: ...

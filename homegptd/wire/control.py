@@ -25,6 +25,8 @@ DaemonPhase: TypeAlias = Literal["bootstrap", "ready", "degraded", "stopping"]
 OperationState: TypeAlias = Literal["running", "done", "failed", "cancelled"]
 StepState: TypeAlias = Literal["waiting", "running", "done", "failed"]
 Level: TypeAlias = Literal[1, 2]
+FigureWord: TypeAlias = Literal["awake", "residue", "pinned", "host"]
+SourceWord: TypeAlias = Literal["configured", "estimated", "measured"]
 
 
 class Method(StrEnum):
@@ -43,6 +45,7 @@ class Method(StrEnum):
     OPERATION = "operation"
     CANCEL = "cancel"
     PLAN = "plan"
+    MEMORY = "memory"
     EVENTS = "events"
     LOGS = "logs"
     VERSION = "version"
@@ -145,6 +148,12 @@ class PlanParams(TypedDict):
     model: Model
 
 
+class MemoryParams(TypedDict):
+    """A model, or none for all of them."""
+
+    model: NotRequired[Annotated[str | None, "id of a model, or one of its aliases", Default(None)]]
+
+
 class LogsParams(TypedDict):
     """A model and how many of its engine's last lines, at most 10000."""
 
@@ -177,6 +186,17 @@ class MemoryView(TypedDict):
     host: int
 
 
+class FigureView(TypedDict):
+    """What is reckoned with: awake and residue on one GPU, pinned and host in the host's RAM."""
+
+    kind: FigureWord
+    gpu: Annotated[int | None, "null: the host's RAM"]
+    mib: int
+    margin_mib: Annotated[int, "charged on top"]
+    source: SourceWord
+    at: Annotated[float | None, "when it was measured last"]
+
+
 class RequestsView(TypedDict):
     """How many requests of a model are running, waiting for it, and frozen in its engine."""
 
@@ -197,6 +217,7 @@ class ModelView(TypedDict):
     level: Annotated[Level | None, "the sleep level of a sleeper"]
     gpus: list[int]
     memory_mib: MemoryView
+    figures: Annotated[list[FigureView], "what its memory is reckoned with"]
     requests: RequestsView
     until: Annotated[float | None, "when this phase ends by itself, if it does"]
     why: Annotated[str, "why it is in this state, or what comes next"]
@@ -221,6 +242,7 @@ class GpuView(TypedDict):
     total_mib: int
     used_mib: int
     reserved_mib: int
+    foreign_mib: Annotated[int, "held by others, or by engines beyond their figures"]
     free_mib: int
     freed_by: Annotated[str | None, "who lent it to something else than models"]
 
@@ -322,6 +344,41 @@ class PlanView(TypedDict):
     expected_s: Annotated[float | None, "of all steps; null where answers have to end first"]
     eta: Annotated[SpanView | None, "until it is awake, answers and orders in flight counted"]
     sum: list[str]
+
+
+class PlaceView(TypedDict):
+    """One GPU, or the host's RAM, in MiB: what the books say, and what is really free."""
+
+    gpu: Annotated[int | None, "null: the host's RAM"]
+    name: str
+    total_mib: Annotated[int, "what engines may have together"]
+    booked_mib: Annotated[int, "what engines hold now, margins included"]
+    foreign_mib: int
+    foreign: Annotated[str, "who, as far as it is known"]
+    left_mib: int
+    free_mib: Annotated[int | None, "measured now; null: nothing measures"]
+
+
+class MemoryModelView(TypedDict):
+    """One model's figures, and what its engine was seen to hold now."""
+
+    id: str
+    phase: PhaseWord
+    figures: list[FigureView]
+    measured_with: Annotated[str | None, "the version of vLLM that was measured"]
+    grown_mib: Annotated[int, "growth of its residue since its first sleep, on the worst GPU"]
+    holds_gpu_mib: Annotated[dict[str, int] | None, "by GPU, of its processes"]
+    holds_host_mib: int | None
+
+
+class MemoryReport(TypedDict):
+    """All memory: figures with their source, the sums, and the pressure."""
+
+    now: float
+    measures: Annotated[bool, "whether anything measures: a driver, or a simulated box"]
+    pressure: Annotated[float, "percent of the last 10 s in which a task waited for host memory"]
+    places: list[PlaceView]
+    models: list[MemoryModelView]
 
 
 class LogsView(TypedDict):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from homegptd.adapters.store import DURATIONS_KEPT, MIGRATIONS, Store
+from homegptd.core.memory import HOST, Figure, Gpu, Kind, Source
 from homegptd.core.model import ModelId, Proof
 
 A = ModelId("qwen3-8b")
@@ -31,6 +32,14 @@ def reopened(path: Path) -> Store:
     return store
 
 
+PINNED = (Kind.PINNED, HOST)
+FIGURES = {
+    (Kind.AWAKE, Gpu(0)): Figure(60_000, Source.MEASURED, 600, 12.5),
+    (Kind.AWAKE, Gpu(1)): Figure(59_000, Source.MEASURED, 590, 12.5),
+    PINNED: Figure(24_000, Source.MEASURED, 480, 12.5),
+}
+
+
 def fill(store: Store) -> None:
     store.remember_canary(A, "image@1", "once upon a time")
     store.remember_canary(B, "image@1", (0.5, 0.25))
@@ -41,6 +50,8 @@ def fill(store: Store) -> None:
     store.remember_duration(A, "wake", 3.25)
     store.remember_note("freed", "{}")
     store.remember_note("freed", '{"0": {}}')
+    store.remember_figures(A, "flags/0.32.0", FIGURES)
+    store.remember_figures(A, "flags/0.33.0", {PINNED: Figure(7, Source.MEASURED, 1, 99.0)})
 
 
 def assert_filled(store: Store) -> None:
@@ -52,6 +63,11 @@ def assert_filled(store: Store) -> None:
     assert store.durations() == {(A, "wake"): (3.5, 3.25)}
     assert store.note("freed") == '{"0": {}}'
     assert store.note("wanted") is None
+    assert store.figures(A, "flags/0.32.0") == FIGURES
+    assert store.figures(B, "flags/0.32.0") == {}
+    version, newest = store.newest_figures(A, "flags")
+    assert (version, newest[PINNED].mib) == ("0.33.0", 7)
+    assert store.newest_figures(A, "other flags") == ("", {})
 
 
 def test_everything_survives_a_restart(path: Path) -> None:

@@ -240,6 +240,13 @@ def test_idle_and_overrides_are_read() -> None:
     assert (read.drain_s, read.on_deadline) == (0, "freeze")
 
 
+def test_trust_is_of_all_models_or_of_one() -> None:
+    one, other = "id: a\n    gpu_memory_gb: 1", "id: b\n    gpu_memory_gb: 1\n    trust: measured"
+    read = parse(f"trust: configured\nmodels:\n  - {one}\n  - {other}\n", "config.yaml")
+    assert [m.trust for m in read.models] == ["configured", "measured"]
+    assert model("").trust == "measured"
+
+
 def test_a_start_timeout_of_its_own_overrules_the_common_limit() -> None:
     assert model("engine: {model: m, start_timeout_s: 42}").start_limit_s == 42
     assert model("engine: {model: m}").start_limit_s == 600

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from homegptd.adapters.faults import Garbled, Hung, Lied, Unreachable
+from homegptd.adapters.faults import Garbled, Hung, Unreachable
 from homegptd.adapters.vllm import Deadlines, VllmEngine
 from homegptd.core.model import ModelId, Proof, SleepLevel, SleepMode
 from tests.contract.subjects import Client, Server, Stream, question
@@ -111,26 +111,6 @@ async def test_a_hang_is_a_fault_within_the_deadline(server: Server):
     finally:
         server.freeze_engine_core(frozen=False)
     await VllmEngine(ModelId("tiny"), server.uds).check()
-
-
-async def test_memory_that_does_not_come_back_is_a_fault(server: Server):
-    engine = VllmEngine(
-        ModelId("tiny"),
-        server.uds,
-        memory=lambda: {0: 1000},
-        deadlines=Deadlines(freed_s=0.3),
-    )
-    await engine.identify()
-    with pytest.raises(Lied, match="0 MiB came back of at least 1 MiB"):
-        await engine.sleep(SleepLevel.ONE, SleepMode.WAIT)
-
-
-async def test_memory_that_comes_back_is_told(server: Server):
-    used = iter([{0: 9000, 1: 9000}, {0: 1000, 1: 1500}])
-    engine = VllmEngine(ModelId("tiny"), server.uds, memory=lambda: next(used), must_free_mib=14000)
-    await engine.identify()
-    freed = await engine.sleep(SleepLevel.ONE, SleepMode.WAIT)
-    assert freed.gpu_mib == 15500
 
 
 async def test_a_server_without_dev_mode_is_served_but_never_put_to_sleep(

@@ -10,6 +10,10 @@ from typing import Any
 from homegptd.faces.methods import Caller, Refused
 from homegptd.wire import control as wire
 
+FIGURE: wire.FigureView = {
+    "kind": "awake", "gpu": 0, "mib": 58000, "margin_mib": 368, "source": "measured", "at": 1900.0,
+}  # fmt: skip
+
 
 class SmallBox:
     """`chat` is awake, `coder` (alias `code`) asleep; `go()` lets the next step end if `paced`."""
@@ -57,7 +61,8 @@ class SmallBox:
             "models": [self._model("chat", now), self._model("coder", now)],
             "queue": [{"model": "coder", "waiting": 2, "since": now - 5}],
             "gpus": [{"index": 0, "name": "Toy 80", "total_mib": 81920, "used_mib": 58368,
-                      "reserved_mib": 4096, "free_mib": 19456, "freed_by": None}],
+                      "reserved_mib": 4096, "foreign_mib": 0, "free_mib": 19456,
+                      "freed_by": None}],
             "host": {"total_mib": 131072, "used_mib": 20000}, "operations": running,
         }  # fmt: skip
 
@@ -68,6 +73,7 @@ class SmallBox:
             "status": "active" if up else "sleeping", "phase": "awake" if up else "asleep",
             "since": now - 184, "level": None if up else 1, "gpus": [0],
             "memory_mib": {"gpu": 58368 if up else 1200, "host": 0 if up else 18637},
+            "figures": [FIGURE],
             "requests": {"running": 2 if up else 0, "waiting": 0 if up else 2, "frozen": 0},
             "until": now + 724 if up else None,
             "why": "idle, then sleeps" if up else "wakes on request",
@@ -174,6 +180,17 @@ class SmallBox:
             "steps": [{"do": "sleep", "model": "chat", "expected_s": 1.5, "why": "makes room"},
                       {"do": "wake", "model": "coder", "expected_s": 3.0, "why": "asked for"}],
             "sum": ["GPU 0: 57.0 of 80.0 GiB after the switch"],
+        }  # fmt: skip
+
+    async def memory(self, model: str | None) -> wire.MemoryReport:
+        chosen = ["chat", "coder"] if model is None else [self._known(model)]
+        models: list[wire.MemoryModelView] = [
+            {"id": name, "phase": "awake", "figures": [FIGURE], "measured_with": "0.32.0",
+             "grown_mib": 0, "holds_gpu_mib": {"0": 58000}, "holds_host_mib": 4096}
+            for name in chosen
+        ]  # fmt: skip
+        return {
+            "now": 2000.0, "measures": True, "pressure": 0.0, "places": [], "models": models,
         }  # fmt: skip
 
     async def logs(self, model: str, *, lines: int) -> wire.LogsView:

@@ -31,6 +31,7 @@ from homegptd.core.model import (
     Proof,
     SleepLevel,
     Startup,
+    State,
     Traits,
 )
 from tests.properties.world import Box, Process
@@ -93,14 +94,24 @@ class Machine(RuleBasedStateMachine):
     @initialize(data=st.data(), gpus=st.integers(1, 3), count=st.integers(1, 6))
     def a_box(self, data: st.DataObject, gpus: int, count: int) -> None:
         names = NAMES[:count]
-        given = tuple(data.draw(specs(name, gpus), label=name) for name in names)
-        self.gpus = {Gpu(n): data.draw(st.sampled_from([60, 100, 140])) for n in range(gpus)}
-        host = data.draw(st.sampled_from([60, 120, 400]))
+        given = tuple(self.spec(data, name, gpus) for name in names)
+        sizes = st.sampled_from([60, 100, 140])
+        self.gpus = {Gpu(n): data.draw(sizes) * self.scale for n in range(gpus)}
+        host = data.draw(st.sampled_from([60, 120, 400])) * self.scale
         state = initial(given, data.draw(policies), self.gpus, host)
         known = {name: data.draw(traits) for name in NAMES}
-        self.box = Box(state, traits=known)
+        self.box = self.a_world(data, state, known)
         self.asked = 0
         self.box.feed(Observed(self.found(data, given, known)))
+
+    scale = 1
+    """Multiplies all sizes: margins are shares, and a share of little is nothing."""
+
+    def a_world(self, data: st.DataObject, state: State, known: dict[ModelId, Traits]) -> Box:
+        return Box(state, traits=known)
+
+    def spec(self, data: st.DataObject, name: ModelId, gpus: int) -> EngineSpec:
+        return data.draw(specs(name, gpus), label=name)
 
     def found(self, data, given, known) -> dict[ModelId, Found]:
         """Engines that survived the daemon: as many as really fit."""
@@ -109,19 +120,20 @@ class Machine(RuleBasedStateMachine):
             how = data.draw(st.sampled_from(["down", "down", "asleep", "awake", "mute"]))
             if how == "down":
                 continue
-            gpu = spec.residue_mib if how == "asleep" else spec.awake_mib
+            true = self.box.physics.true(spec)
+            gpu = true.residue_mib if how == "asleep" else true.awake_mib
             level = data.draw(st.sampled_from([None, ONE]))
             told = how == "asleep" and level is ONE
             slept = ONE in known[spec.model].levels or told  # who cannot sleep has pinned nothing
-            pinned = spec.pinned_mib if slept else 0
-            self.box.physics.running[spec.model] = Process(spec, gpu, pinned)
+            pinned = true.pinned_mib if slept else 0
+            self.box.physics.running[spec.model] = Process(true, gpu, pinned)
             try:
                 self.box.physics.check()
             except AssertionError:
                 del self.box.physics.running[spec.model]
                 continue
             now = replace(known[spec.model], asleep=how == "asleep", asleep_level=level)
-            found[spec.model] = Found(None if how == "mute" else now)
+            found[spec.model] = Found() if how == "mute" else self.box.found(spec.model, now)
         self.box.physics.mute = {name for name, f in found.items() if f.traits is None}
         return found
 
@@ -255,7 +267,7 @@ class Machine(RuleBasedStateMachine):
         given = []
         for name in names:
             old = self.box.state.engines.get(name)
-            spec = data.draw(specs(name, len(self.gpus)), label=name)
+            spec = self.spec(data, name, len(self.gpus))
             if old is not None and spec.fingerprint == old.spec.fingerprint:
                 spec = replace(old.spec, startup=spec.startup, pinned=spec.pinned, level=spec.level)
             given.append(spec)

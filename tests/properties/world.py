@@ -4,7 +4,8 @@ It carries out commands like the runtime would, in an order that the test choose
 each step what must hold whatever happens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 from homegptd.core import invariants
@@ -26,6 +27,7 @@ from homegptd.core.draft import Outcome
 from homegptd.core.events import (
     ConfigChanged,
     Event,
+    Found,
     Observed,
     OperationAsked,
     ProveEnded,
@@ -38,6 +40,7 @@ from homegptd.core.events import (
     WakeEnded,
 )
 from homegptd.core.machine import step
+from homegptd.core.memory import HOST, Card, Gpu, Held, Seen
 from homegptd.core.model import (
     Asleep,
     Awake,
@@ -68,8 +71,10 @@ class Process:
     """What one running engine really holds, in MiB, on each of its GPUs and in host RAM."""
 
     spec: EngineSpec
+    """With its true sizes."""
     gpu: int
     pinned: int = 0
+    leaked: int = 0
 
 
 @dataclass
@@ -81,6 +86,11 @@ class Physics:
     running: dict[ModelId, Process] = field(default_factory=dict)
     mute: set[ModelId] = field(default_factory=set)
     """Found running, but they do not answer yet: starting one of these adopts it."""
+    true: Callable[[EngineSpec], EngineSpec] = lambda spec: spec
+    """How large an engine of this configuration really is."""
+    leak: Callable[[ModelId], int] = lambda model: 0
+    """What each of its sleeps leaves more on each GPU."""
+    strangers: dict[int, int] = field(default_factory=dict)
 
     def begin(self, order: Given, spec: EngineSpec) -> None:
         match order:
@@ -89,10 +99,11 @@ class Physics:
                     self.mute.discard(model)
                 else:
                     assert model not in self.running, f"{model} is started twice"
-                    self.running[model] = Process(spec, spec.awake_mib)
+                    true = self.true(spec)
+                    self.running[model] = Process(true, true.awake_mib)
             case Wake(model):
                 process = self.running[model]
-                process.gpu = process.spec.awake_mib
+                process.gpu = process.spec.awake_mib + process.leaked
             case Sleep(model, level=SleepLevel.ONE) | Prove(model, proof=Proof.FREEZE):
                 process = self.running[model]
                 process.pinned = process.spec.pinned_mib
@@ -104,7 +115,8 @@ class Physics:
         match order:
             case Sleep(model) if well:
                 process = self.running[model]
-                process.gpu = process.spec.residue_mib
+                process.leaked += self.leak(model)
+                process.gpu = process.spec.residue_mib + process.leaked
             case Stop(model) if well:
                 self.running.pop(model, None)
                 self.mute.discard(model)
@@ -113,10 +125,37 @@ class Physics:
 
     def check(self) -> None:
         for gpu, total in self.gpus.items():
-            used = sum(p.gpu for p in self.running.values() if gpu in p.spec.gpus)
+            used = total - self.free(gpu)
             assert used <= total, f"out of memory on gpu{gpu}: {used} of {total}"
-        used = sum(p.spec.host_mib + p.pinned for p in self.running.values())
+        used = self.host - self.free(HOST)
         assert used <= self.host, f"out of host RAM: {used} of {self.host}"
+
+    def free(self, place: int) -> int:
+        if place == HOST:
+            return self.host - sum(p.spec.host_mib + p.pinned for p in self.running.values())
+        engines = sum(p.gpu for p in self.running.values() if place in p.spec.gpus)
+        return self.gpus[place] - engines - self.strangers.get(place, 0)
+
+    def fits(self, order: Given, spec: EngineSpec) -> bool:
+        """Whether it would go well; nothing is changed."""
+        trial = deepcopy(self)
+        try:
+            trial.begin(order, spec)
+        except AssertionError:
+            return False
+        return True
+
+    def held(self, model: ModelId, at: float) -> Held | None:
+        free = {Gpu(gpu): self.free(gpu) for gpu in (*self.gpus, HOST)}
+        process = self.running.get(model)
+        if process is None:
+            return Held(at, free_mib=free)
+        host = process.spec.host_mib + process.pinned
+        return Held(at, dict.fromkeys(process.spec.gpus, process.gpu), host, free)
+
+    def seen(self) -> Seen:
+        cards = {Gpu(g): Card("", total, total - self.free(g)) for g, total in self.gpus.items()}
+        return Seen(cards, {}, self.free(HOST))
 
 
 class Box:
@@ -165,6 +204,9 @@ class Box:
                 self.operations[operation.id] = operation
             case _:
                 pass
+
+    def found(self, model: ModelId, traits: Traits) -> Found:
+        return Found(traits)
 
     def arrive(self, model: ModelId, **wishes: object) -> TicketId:
         self.numbers += 1
@@ -238,6 +280,9 @@ class Box:
             self._no_answer_is_hurt(command, before)
         self.orders[command.order] = command
         self.begun[command.order] = self.now
+        self._take(command)
+
+    def _take(self, command: Given) -> None:
         self.physics.begin(command, self.state.engines[command.model].spec)
 
     def _gpus_are_free(self, command: Given) -> None:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 from homegptd.core.events import Event
 from homegptd.core.machine import initial
+from homegptd.core.memory import Figures
 from homegptd.core.model import (
     Awake,
     Engine,
     EngineSpec,
     Exit,
-    Freed,
     Gpu,
     ModelId,
     Policy,
@@ -26,6 +26,7 @@ from homegptd.core.model import (
 from homegptd.core.refusals import Fault
 from homegptd.runtime.bootstrap import observe
 from homegptd.runtime.orders import Limits, Orders
+from homegptd.runtime.ports import MeterPort
 from homegptd.runtime.scheduler import Scheduler
 
 A, B = ModelId("a"), ModelId("b")
@@ -65,12 +66,11 @@ class SmallEngine:
             self.canary_reference = f"{self.name} sings"
         return Traits("0.32.0", frozenset({SleepLevel.ONE}), asleep=self.asleep)
 
-    async def sleep(self, level: SleepLevel, mode: SleepMode) -> Freed:
+    async def sleep(self, level: SleepLevel, mode: SleepMode) -> None:
         await self._does("sleep", 1000.0 if self.hung else SLEEP_S)
         if not self.up:  # a zombie never answers a call that is out
             await asyncio.get_running_loop().create_future()
         self.asleep = True
-        return Freed()
 
     async def wake(self, level: SleepLevel, *, frozen: bool) -> None:
         await self._does("wake", WAKE_S)
@@ -149,6 +149,7 @@ class SmallStore:
         self.took: list[tuple[ModelId, str, float]] = []
         self.canaries: dict[tuple[ModelId, str], str] = {}
         self.notes: dict[str, str] = {}
+        self.learnt: dict[tuple[ModelId, str], Figures] = {}
 
     def canary(self, model: ModelId, key: str) -> str | None:
         return self.canaries.get((model, key))
@@ -170,6 +171,12 @@ class SmallStore:
     def remember_note(self, name: str, text: str) -> None:
         self.notes[name] = text
 
+    def figures(self, model: ModelId, key: str) -> Figures:
+        return self.learnt.get((model, key), {})
+
+    def remember_figures(self, model: ModelId, key: str, figures: Figures) -> None:
+        self.learnt[model, key] = figures
+
     def durations(self) -> Mapping[tuple[ModelId, str], Sequence[float]]:
         return {}
 
@@ -180,8 +187,14 @@ class SmallStore:
 class Small:
     """The runtime on two models of which one fits; `a` is to be awake."""
 
-    def __init__(self, policy: Policy | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy | None = None,
+        *,
+        meter: Callable[[Mapping[ModelId, SmallEngine]], MeterPort] | None = None,
+    ) -> None:
         self.engines = {A: SmallEngine(A), B: SmallEngine(B)}
+        self.meter = meter(self.engines) if meter else None
         self.units = SmallUnits(self.engines)
         self.store = SmallStore()
         self.events: list[Event] = []
@@ -193,6 +206,7 @@ class Small:
             self.store,
             start_limit_s=lambda model: LIMIT_S,
             limits=Limits(probe_s=10.0, strikes=2),
+            meter=self.meter,
         )
         specs = (_spec(A, Startup.ACTIVE), _spec(B, Startup.SLEEP))
         policy = policy or Policy(default=A, patience_s=5.0, residency_s=5.0)

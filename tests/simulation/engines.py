@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from random import Random
 
+from homegptd.core.memory import Card, Figures, Gpu, Held, Seen
 from homegptd.core.model import (
     Exit,
-    Freed,
     ModelId,
     Proof,
     Running,
@@ -28,6 +28,7 @@ from homegptd.sim.physics import Box, Memory, PhysicsError, Speeds
 from .fleet import Model, Mood
 
 SPEEDS = Speeds()
+VERSION = "0.32.0"
 DEADLINE_S = 40.0
 """Of each call to an engine."""
 FIRST_BYTE_S = 0.3
@@ -123,11 +124,15 @@ class Process:
 
     def _load(self, slow: float) -> None:
         self._physically(self.memory.begin_start, self.world.box)
+        if not self.alive:
+            return
         load_s = SPEEDS.load_s(self.model.foot) + SPEEDS.compile_s
         self.later(self.world.jitter(load_s) * slow, self._loaded)
 
     def _loaded(self) -> None:
         self._physically(self.memory.end_start, self.world.box)
+        if not self.alive:
+            return
         self.up = True
         mood = self.world.mood
         if mood.death_s is not None:
@@ -183,7 +188,10 @@ class Process:
         try:
             move(*args)
         except PhysicsError as error:
-            self.world.violated(f"{self.owner} runs out of memory: {error}")
+            if self.up or self.world.is_measured(self.model):
+                self.world.violated(f"{self.owner} runs out of memory: {error}")
+            else:  # nobody could know how large it is
+                self.die(1, f"exited with code 1: {error}")
 
     # ------------------------------------------------------------ requests
 
@@ -228,7 +236,8 @@ class Process:
         self.later(self.world.jitter(took) * slow, lambda: self._asleep(level))
 
     def _asleep(self, level: SleepLevel) -> None:
-        self._physically(self.memory.end_sleep, self.world.box, int(level))
+        leak = self.model.leak_mib
+        self._physically(partial(self.memory.end_sleep, leak_mib=leak), self.world.box, int(level))
         self.asleep = level
         self._moved("done")
 
@@ -282,6 +291,8 @@ class Machines:
     launches: int = 0
     about_to: Callable[[str, Process], None] = lambda what, process: None
     """Told of each stop and each sleep before it begins."""
+    is_measured: Callable[[Model], bool] = lambda model: True
+    """Whether the daemon has seen an engine of this configuration before."""
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
 
     def jitter(self, seconds: float) -> float:
@@ -351,6 +362,28 @@ class Units:
         return ("some last words",)
 
 
+class Meter:
+    """Fits MeterPort: what the box really holds."""
+
+    def __init__(self, machines: Machines) -> None:
+        self._machines = machines
+
+    async def seen(self) -> Seen | None:
+        box = self._machines.box
+        cards = {Gpu(g): Card("", total, box.used_mib(g)) for g, total in box.gpu_total_mib.items()}
+        return Seen(cards, {}, box.ram_free_mib())
+
+    async def held(self, model: ModelId) -> Held | None:
+        box, process = self._machines.box, self._machines.live(model)
+        seen = await self.seen()
+        free = seen.free_mib if seen else {}
+        if process is None or process.owner not in box.holdings:
+            return Held(self._machines.loop.time(), free_mib=free)
+        own = box.holdings[process.owner]
+        held = {Gpu(gpu): mib for gpu, mib in own.gpu_mib.items()}
+        return Held(self._machines.loop.time(), held, own.pinned_mib + own.host_mib, free)
+
+
 class Engines:
     """Fits EnginesPort."""
 
@@ -378,7 +411,7 @@ class Client:
         process = await self._settled()
         model = process.model
         return Traits(
-            version="0.32.0",
+            version=VERSION,
             levels=model.levels,
             why_no_sleep=None if model.levels else "it was started without sleep mode",
             can_keep=model.can_keep and bool(model.levels),
@@ -395,16 +428,13 @@ class Client:
     async def speak(self) -> None:
         await self._settled()
 
-    async def sleep(self, level: SleepLevel, mode: SleepMode) -> Freed:
+    async def sleep(self, level: SleepLevel, mode: SleepMode) -> None:
         process = await self._settled()
         self._machines.about_to(f"sleep {mode.value}", process)
         if level not in process.model.levels:
             self._machines.violated(f"{process.owner} is put to sleep at level {level}: it dies")
         fate = self._machines.fault("500", "dies", "hangs", "lies", "slow")
-        before = process.memory.need_mib()
         await self._move(process, fate, "sleep", partial(process.fall_asleep, level, mode))
-        after = process.memory.need_mib()
-        return Freed(sum(after.values()) - sum(before.values()))
 
     async def wake(self, level: SleepLevel, *, frozen: bool) -> None:
         process = await self._settled()
@@ -482,6 +512,7 @@ class Store:
     took: dict[tuple[ModelId, str], list[float]] = field(default_factory=dict)
     canaries: dict[tuple[ModelId, str], str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    learnt: dict[tuple[ModelId, str], Figures] = field(default_factory=dict)
 
     def canary(self, model: ModelId, key: str) -> str | None:
         return self.canaries.get((model, key))
@@ -502,6 +533,12 @@ class Store:
 
     def remember_note(self, name: str, text: str) -> None:
         self.notes[name] = text
+
+    def figures(self, model: ModelId, key: str) -> Figures:
+        return self.learnt.get((model, key), {})
+
+    def remember_figures(self, model: ModelId, key: str, figures: Figures) -> None:
+        self.learnt[model, key] = figures
 
     def durations(self) -> Mapping[tuple[ModelId, str], Sequence[float]]:
         return self.took

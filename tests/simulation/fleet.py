@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from random import Random
 
+from homegptd.core.memory import Kind
 from homegptd.core.model import (
     EngineSpec,
     Gpu,
@@ -30,6 +31,8 @@ class Model:
     freezes_well: bool
     """Whether its freeze proof holds."""
     embeds: bool
+    leak_mib: int = 0
+    """What each sleep leaves on each card, beside what the one before it left."""
 
     @property
     def id(self) -> ModelId:
@@ -79,6 +82,8 @@ def draw(rng: Random) -> Fleet:
     ram = _ram(rng, [*models, *spare])
     mood = _mood(rng)
     policy = _policy(rng, models, calm=mood.calm)
+    if not mood.calm and rng.random() < 0.6:
+        models, spare = [[_roughly(rng, m, gpus) for m in some] for some in (models, spare)]
     return Fleet(gpus, ram, tuple(models), tuple(spare), policy, mood)
 
 
@@ -95,10 +100,10 @@ def draw_contended(rng: Random) -> Fleet:
             spec, startup=Startup.SLEEP, drain_s=None, on_deadline=None, auto_switch=True
         )
         models.append(replace(model, spec=spec, levels=frozenset(SleepLevel)))
-    ram = sum(m.spec.pinned_mib + m.spec.host_mib for m in models) + GIB
+    ram = sum(m.spec.pinned_mib * 1.02 + m.spec.host_mib * 1.125 for m in models) + GIB
     share = rng.choice((0.1, 0.2, 0.3))
     policy = Policy(switch_share=share, drain_s=rng.choice((5.0, 30.0)), max_wait_s=36000.0)
-    return Fleet(gpus, ram, tuple(models), (), policy, Mood(), contended=True)
+    return Fleet(gpus, round(ram), tuple(models), (), policy, Mood(), contended=True)
 
 
 def _gpus(rng: Random) -> dict[Gpu, int]:
@@ -172,6 +177,22 @@ def _with_active(rng: Random, models: list[Model]) -> list[Model]:
         replace(m, spec=replace(m.spec, startup=Startup.ACTIVE)) if place in wake else m
         for place, m in enumerate(models)
     ]
+
+
+def _roughly(rng: Random, model: Model, gpus: dict[Gpu, int]) -> Model:
+    """What the configuration says of it is not what is true."""
+    spec, foot = model.spec, model.foot
+    awake = round(spec.awake_mib * rng.uniform(0.8, 1.1))
+    given = replace(
+        spec,
+        awake_mib=min(awake, min(gpus.values()) * 95 // 100),
+        residue_mib=768,
+        pinned_mib=foot.weights_mib,
+        pinned_margin_mib=foot.weights_mib,
+        host_mib=4 * GIB,
+        estimated=frozenset({Kind.RESIDUE, Kind.HOST}),
+    )
+    return replace(model, spec=given, leak_mib=rng.choice((0, 0, 10, spec.awake_mib // 100)))
 
 
 def changed(rng: Random, model: Model, gpus: dict[Gpu, int]) -> Model:

@@ -33,6 +33,7 @@ from homegptd.core.model import (
     OnDeadline,
     OperationId,
     Proof,
+    SleepLevel,
     SleepMode,
     Starting,
     State,
@@ -136,12 +137,13 @@ class Judge:
             self._adopted(state, self._event)
 
     def _true_memory(self, state: State) -> Iterator[str]:
-        """What an engine really holds is never more than what the books say."""
+        """What an engine really holds is never more than what the books say, once one like it has
+        been measured."""
         for process in self.machines.living():
             engine = state.engines.get(process.model.id)
             books = ledger.charge(engine) if engine is not None else ledger.Books()
             holding = self.machines.box.holdings.get(process.owner)
-            if holding is None:
+            if holding is None or not self.machines.is_measured(process.model):
                 continue
             for gpu, mib in holding.gpu_mib.items():
                 if mib > books[Gpu(gpu)]:
@@ -318,9 +320,8 @@ class Judge:
 def fits(state: State, model: ModelId) -> bool:
     """Whether `model` could be awake beside nothing but what is pinned or cannot be moved now."""
     limit = ledger.budget(state)
-    spec = state.engines[model].spec
-    need = ledger.Books(dict.fromkeys(spec.gpus, spec.awake_mib))
-    need[ledger.HOST] = spec.host_mib + spec.pinned_mib
+    wanted = state.engines[model]
+    need = ledger.awake(wanted) | ledger.asleep(wanted, SleepLevel.ONE)
     for name, engine in state.engines.items():
         frozen = isinstance(engine.phase, Asleep | FallingAsleep) and engine.phase.frozen
         if name != model and (engine.spec.pinned or frozen):

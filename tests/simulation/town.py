@@ -7,13 +7,15 @@ import sys
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from random import Random
 
 from homegptd.core.draft import in_flight
 from homegptd.core.events import ConfigChanged, ShutdownAsked
 from homegptd.core.machine import initial
+from homegptd.core.memory import Learnt
 from homegptd.core.model import (
     Act,
     EngineSpec,
@@ -27,13 +29,14 @@ from homegptd.core.story import Line, summary
 from homegptd.runtime.bootstrap import observe
 from homegptd.runtime.heartbeat import Heartbeat
 from homegptd.runtime.keeper import Keeper, recall
+from homegptd.runtime.measuring import watch
 from homegptd.runtime.orders import Limits, Orders
 from homegptd.sim.physics import Box
 from tests.runtime.jumping import run
 
 from . import fleet as fleets
 from .clients import HOUR, Clients, Habits
-from .engines import Engines, Machines, Store, Units
+from .engines import VERSION, Engines, Machines, Meter, Store, Units
 from .fleet import START_LIMIT_S, Fleet, Model, Mood
 from .promises import PROBE_S, Count, Judge, Watched, wait_bound_s
 
@@ -94,6 +97,7 @@ class Town:
         self.machines = Machines(box, self._rng("luck"), self.violated, self.models)
         self.machines.mood = fleet.mood
         self.store = Store()
+        self.machines.is_measured = self._is_measured
         self.judge = Judge(self.machines, self.count, self.violated)
         self.judge.calm = fleet.mood.calm
         self.judge.now_state = lambda: self.scheduler.state
@@ -250,6 +254,7 @@ class Town:
             self.store,
             start_limit_s=lambda model: START_LIMIT_S,
             limits=Limits(probe_s=PROBE_S),
+            meter=Meter(self.machines),
         )
         state = self._first_state()
         self.judge.new_life()
@@ -258,7 +263,7 @@ class Town:
         self._end_of_life = self.loop.create_future()
         self.scheduler = scheduler
         notes = Notes()
-        async with scheduler.running():
+        async with scheduler.running(), self._memory_watched(scheduler):
             heart = Heartbeat(notes, lambda: scheduler.state, summary)
             keeper = Keeper(self.store, state)
             with (
@@ -268,7 +273,12 @@ class Town:
             ):
                 self._up.set()
                 scheduler.post(
-                    await observe(Units(self.machines), Engines(self.machines), orders.identify)
+                    await observe(
+                        Units(self.machines),
+                        Engines(self.machines),
+                        orders.identify,
+                        Meter(self.machines),
+                    )
                 )
                 limit_s = self._boot_bound_s(scheduler.state)
                 late = self.loop.call_later(limit_s, self._late, scheduler, notes)
@@ -282,6 +292,17 @@ class Town:
         scheduler.die()
         self.clients.daemon_was_killed()
         return how
+
+    @asynccontextmanager
+    async def _memory_watched(self, scheduler: Watched) -> AsyncIterator[None]:
+        looks = watch(Meter(self.machines), lambda: scheduler.state, scheduler.post)
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(looks, name="memory")
+            yield
+            task.cancel()
+
+    def _is_measured(self, model: Model) -> bool:
+        return (model.id, f"{model.spec.fingerprint}/{VERSION}") in self.store.learnt
 
     def _check_readies(self, scheduler: Watched, notes: Notes) -> None:
         if notes.readies != scheduler.state.booted and not scheduler.state.stopping:
@@ -303,7 +324,14 @@ class Town:
         for (model, act), seconds in self.store.durations().items():
             took.setdefault(model, {})[act] = tuple(seconds)
         engines = {
-            name: replace(engine, took=took.get(name, {})) for name, engine in state.engines.items()
+            name: replace(
+                engine,
+                took=took.get(name, {}),
+                learnt=Learnt(
+                    self.store.figures(name, f"{engine.spec.fingerprint}/{VERSION}"), VERSION
+                ),
+            )
+            for name, engine in state.engines.items()
         }
         return recall(self.store, replace(state, engines=engines))
 
