@@ -6,12 +6,10 @@ pidfds (`pidfd_open(2)`), for children and adopted engines alike: nothing here p
 """
 
 import asyncio
-import errno
 import hashlib
 import json
 import logging
 import os
-import shutil
 import signal
 import stat
 import subprocess
@@ -28,6 +26,7 @@ from homegptd.core.refusals import Fault
 from . import host_memory
 from .engine_log import LOG_CAP_BYTES, LOOK_EVERY_S, cap_log, open_log, tail
 from .sessions import Record, Run, boot_id, emptied, leftover, members_of, remove, signal_session
+from .spawning import cannot_start, is_lasting, spawn_fault, words
 
 log = logging.getLogger(__name__)
 
@@ -211,7 +210,7 @@ class Processes:
         except OSError as error:  # no descriptors left: nobody could watch it
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-            raise _cannot_start(model, _words(error), lasting=_is_lasting(error)) from error
+            raise cannot_start(model, words(error), lasting=is_lasting(error)) from error
         self._engines[model] = engine
         self._write(engine)
         self._look_later()
@@ -221,7 +220,7 @@ class Processes:
         if path is None:
             return
         if len(os.fsencode(path)) > UNIX_PATH_MAX:
-            raise _cannot_start(
+            raise cannot_start(
                 model, f"socket path is longer than {UNIX_PATH_MAX} bytes: {path}", lasting=True
             )
         try:
@@ -231,18 +230,18 @@ class Processes:
             if path.is_socket():
                 path.unlink()
         except OSError as error:
-            raise _cannot_start(
-                model, f"{path.parent}: {_words(error)}", lasting=_is_lasting(error)
+            raise cannot_start(
+                model, f"{path.parent}: {words(error)}", lasting=is_lasting(error)
             ) from error
         if path.exists():
-            raise _cannot_start(model, f"{path} exists and is not a socket", lasting=True)
+            raise cannot_start(model, f"{path} exists and is not a socket", lasting=True)
 
     def _popen(self, model: ModelId, launch: Launch) -> subprocess.Popen[bytes]:
         env = {**clean_environ(os.environ), **launch.env}
         try:
             output = open_log(launch.log)
         except OSError as error:
-            raise _cannot_start(model, _words(error), lasting=_is_lasting(error)) from error
+            raise cannot_start(model, words(error), lasting=is_lasting(error)) from error
         try:
             return subprocess.Popen(  # noqa: S603  # the operator's own command, no shell
                 launch.argv,
@@ -254,7 +253,7 @@ class Processes:
                 umask=0o007 if self._directory_mode & 0o070 else -1,
             )
         except (OSError, ValueError) as error:
-            raise _spawn_fault(model, launch.argv[0], env, error) from error
+            raise spawn_fault(model, launch.argv[0], env, error) from error
         finally:
             os.close(output)
 
@@ -344,7 +343,7 @@ class Processes:
             if first_try:
                 log.warning(
                     'engine "%s" runs, but could not be adopted after a crash of this daemon,'
-                    " until there is room for %s: %s", record.model, path, _words(error),
+                    " until there is room for %s: %s", record.model, path, words(error),
                 )  # fmt: skip
 
     # Logs stay small, and records get written: by a timer, because neither a file that grew nor a
@@ -365,43 +364,3 @@ class Processes:
                 self._write(engine)
         if running:
             self._look_later()
-
-
-# Faults
-
-
-def _cannot_start(model: ModelId, cause: str, *, lasting: bool, hint: str | None = None) -> Fault:
-    return Fault(f'cannot start "{model}": {cause}', hint=hint, lasting=lasting)
-
-
-def _spawn_fault(
-    model: ModelId, command: str, env: Mapping[str, str], error: OSError | ValueError
-) -> Fault:
-    if not isinstance(error, OSError):
-        return _cannot_start(model, f"{command}: {error}", lasting=True)
-    found = shutil.which(command, mode=os.F_OK, path=env.get("PATH"))
-    if isinstance(error, FileNotFoundError) and found is None:
-        return _cannot_start(
-            model,
-            f"command not found: {command}",
-            lasting=True,
-            hint=f"install it, or name it by its full path; looked in {env.get('PATH', '')}",
-        )
-    if isinstance(error, FileNotFoundError):
-        cause = f"{found}: the interpreter in its first line is missing"
-        return _cannot_start(model, cause, lasting=True, hint=f"head -n 1 {found}")
-    hint = f"ls -l {found}" if isinstance(error, PermissionError) and found else None
-    return _cannot_start(
-        model, f"{found or command}: {_words(error)}", lasting=_is_lasting(error), hint=hint
-    )
-
-
-def _is_lasting(error: OSError) -> bool:
-    return error.errno not in {
-        errno.EAGAIN, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE,
-        errno.EINTR, errno.EIO, errno.ETXTBSY,
-    }  # fmt: skip
-
-
-def _words(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()

@@ -46,7 +46,8 @@ from homegptd.runtime.bootstrap import observe
 from homegptd.runtime.heartbeat import Heartbeat
 from homegptd.runtime.keeper import Keeper
 from homegptd.runtime.measuring import watch
-from homegptd.runtime.orders import Orders, first
+from homegptd.runtime.orders import Orders
+from homegptd.runtime.race import first
 from homegptd.runtime.scheduler import Scheduler
 from homegptd.wire.control import LogsView
 from homegptd.wire.paths import socket_to_ask

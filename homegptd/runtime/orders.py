@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import TypeVar, assert_never
+from typing import assert_never
 
 from homegptd.core import durations
 from homegptd.core.commands import Order, Probe, Prove, Sleep, Start, Stop, Wake, Watch
@@ -33,12 +33,9 @@ from homegptd.core.refusals import Fault
 
 from .measuring import Blind, Measuring
 from .ports import EnginePort, EnginesPort, MeterPort, StorePort, UnitsPort
+from .race import first
 
 log = logging.getLogger(__name__)
-
-A = TypeVar("A")
-B = TypeVar("B")
-
 
 POLL_FIRST_S, POLL_MOST_S = 0.05, 0.5
 """Pauses between two questions "healthy yet?" while an engine starts: vLLM has no other sign."""
@@ -335,38 +332,6 @@ class Orders:
     def _settled(self, model: ModelId) -> bool:
         engine = self._state().engines.get(model)
         return engine is not None and isinstance(engine.phase, Awake | Asleep | Draining)
-
-
-async def first(one: Coroutine[None, None, A], other: Coroutine[None, None, B]) -> A | B:
-    """The result of whichever ends first; the other one is cancelled. Errors pass through.
-
-    No task of the group ever fails: before Python 3.13 a failing one can make its parent forget
-    that it was cancelled meanwhile.
-    """
-    found: list[A | B | Exception] = []
-
-    async def run(race: Coroutine[None, None, A | B]) -> None:
-        try:
-            found.append(await race)
-        except Exception as error:  # noqa: BLE001  # raised again below
-            found.append(error)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(run(one), name="one"),
-                group.create_task(run(other), name="other"),
-            ]
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in tasks:
-                task.cancel()
-    finally:  # one that was cancelled before its first turn was never awaited
-        one.close()
-        other.close()
-    result = found[0]
-    if isinstance(result, Exception):
-        raise result
-    return result
 
 
 def _died_starting(model: ModelId, exited: Exit) -> Fault:

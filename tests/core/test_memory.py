@@ -260,7 +260,7 @@ def test_a_wake_without_room_is_refused_with_the_sum_and_the_culprit():
     assert refusal.reason is Reason.DOES_NOT_FIT
     assert refusal.message == (
         'cannot bring up "a": needs 60.0 GB on gpu0; 80.0 total - 2.0 residue of b'
-        " - 26.0 held by blender (pid 7) 26.0 GB = 52.0"
+        " - 26.0 held by blender (pid 7) 26.0 GB = 52.0; 54.0 even with b stopped"
     )
     assert isinstance(run.phase("a"), Asleep)
     assert "a" not in run.orders

@@ -31,7 +31,7 @@ from homegptd.core.model import (
     SleepMode,
 )
 from homegptd.core.refusals import Fault
-from homegptd.runtime.orders import first
+from homegptd.runtime.race import first
 from tests.runtime.jumping import jumping
 from tests.runtime.small import LIMIT_S, START_S, STOP_S, A, B, Small
 
