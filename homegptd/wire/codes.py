@@ -53,7 +53,7 @@ TABLE: dict[str, Row] = {
     "queue-full": Row(503, "server_error", -32015, REFUSED),
     "waited-too-long": Row(503, "server_error", -32016, FAILED),
     "shutting-down": Row(503, "server_error", -32017, ABSENT),
-    "gpu-freed": Row(503, "server_error", -32018, REFUSED),
+    "gpu-freed": Row(503, "server_error", -32019, REFUSED),
 }
 
 

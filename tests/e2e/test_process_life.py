@@ -1,7 +1,9 @@
 """The daemon as a process, with simulated engines: its life, its ends, and bad input."""
 
+import itertools
 import json
 import os
+import select
 import signal
 import socket
 from pathlib import Path
@@ -222,8 +224,10 @@ def test_events_tell_the_story_as_it_happens(box: Box) -> None:
     with box.daemon() as daemon:
         daemon.ready()
         with box.popen_ctl("--json", "events") as events:
-            assert box.ctl("switch", "b").returncode == 0
             assert events.stdout is not None
+            models = itertools.cycle("ba")
+            while not select.select([events.stdout], [], [], 0)[0]:  # it may not listen yet
+                assert box.ctl("switch", next(models)).returncode == 0
             seen = [json.loads(events.stdout.readline()) for _ in range(3)]
             events.terminate()
         assert {"operation", "phase"} <= {event["kind"] for event in seen}
