@@ -192,7 +192,8 @@ def _roughly(rng: Random, model: Model, gpus: dict[Gpu, int]) -> Model:
         host_mib=4 * GIB,
         estimated=frozenset({Kind.RESIDUE, Kind.HOST}),
     )
-    return replace(model, spec=given, leak_mib=rng.choice((0, 0, 10, spec.awake_mib // 100)))
+    leak = (foot.weights_mib + foot.kv_mib) // len(foot.gpus) // 100  # within the margin of a figure
+    return replace(model, spec=given, leak_mib=rng.choice((0, 0, 10, leak)))
 
 
 def changed(rng: Random, model: Model, gpus: dict[Gpu, int]) -> Model:
