@@ -7,7 +7,7 @@ from time import monotonic
 
 from .asked import Stop
 from .client import ask
-from .host import FAILED, REFUSED, confirm, daemon_runs, host
+from .host import FAILED, REFUSED, confirm, daemon_runs, host, need_root
 from .host import places as host_places
 from .render import clean, out, print_json
 
@@ -27,12 +27,16 @@ def run(asked: Asked) -> int:
     running = _runs(asked)
     bad = False
     found: list[Any] = []
-    for one in host("doctor").examine(host_places(), root=root, running=running):
+    gpu = "gpu" in asked.options
+    if gpu:
+        need_root("doctor --gpu")
+    examine = host("doctor").examine
+    for one in examine(host_places(), root=root, running=running, inside=gpu):
         bad = bad or one.verdict == "fail"
         found.append(one)
         if not asked.json:
             _show(one)
-    measured = _on_gpus(asked, running) if "gpu" in asked.options else []
+    measured = _on_gpus(asked, running) if gpu else []
     bad = bad or any(row["verdict"] == "fail" for row in measured)
     if asked.json:
         rows = [{name: getattr(one, name) for name in ("check", "verdict", "said", "mend")}
