@@ -65,7 +65,7 @@ WantedBy=homegpt.service
 
 def environment(config: Config, box: str = NAME) -> dict[str, str]:
     """What Open WebUI is told; `box` is how it reaches homegptd from where it runs."""
-    port = config.http.listen[0].rpartition(":")[2]
+    port, page = config.http.listen[0].rpartition(":")[2], config.webui.port
     env = {
         "OPENAI_API_BASE_URLS": f"http://{box}:{port}/v1",
         "OPENAI_API_KEYS": "homegpt",  # must not be empty; the daemon asks for none here
@@ -85,7 +85,8 @@ def environment(config: Config, box: str = NAME) -> dict[str, str]:
         "ANONYMIZED_TELEMETRY": "false",
         "DO_NOT_TRACK": "true",
         "SCARF_NO_ANALYTICS": "true",
-        "CORS_ALLOW_ORIGIN": f"http://localhost:{config.webui.port}",
+        # a page under another name loads, but its websocket is refused and no answer ever shows
+        "CORS_ALLOW_ORIGIN": f"http://localhost:{page};http://127.0.0.1:{page}",
     }
     if not all(_calls_tools(model) for model in config.models):
         # three dozen tools go with each chat otherwise, and a vLLM that is not told how to read
