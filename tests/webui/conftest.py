@@ -87,13 +87,15 @@ def desktop() -> Iterator[Desktop]:
         listen = f"http: {{listen: ['127.0.0.1:{box.port}']}}\n"
         box.write(*models, head=f"{listen}webui: {{enabled: true, port: {free_port()}}}\n")
         daemon = stack.enter_context(box.daemon())
-        page = stack.enter_context(_served(box, root, shots))
+        url, server = stack.enter_context(_served(box, root))
         daemon.ready(120.0)
+        _until_up(url, server, root / "webui.log")
+        page = stack.enter_context(_browser(url, _token(url), shots))
         yield Desktop(box, daemon, page)
 
 
 @contextmanager
-def _served(box: Box, root: Path, shots: Path) -> Iterator[Page]:
+def _served(box: Box, root: Path) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
     config = load(box.config)
     told, port = environment(config, "127.0.0.1"), config.webui.port
     own = {
@@ -110,10 +112,7 @@ def _served(box: Box, root: Path, shots: Path) -> Iterator[Page]:
             env={**base, **told, **own}, stdout=log, stderr=log, cwd=root,
         )  # fmt: skip
     try:
-        url = f"http://127.0.0.1:{port}"
-        _until_up(url, server, root / "webui.log")
-        with _browser(url, _token(url), shots) as page:
-            yield page
+        yield f"http://127.0.0.1:{port}", server
     finally:
         server.terminate()
         with suppress(subprocess.TimeoutExpired):
