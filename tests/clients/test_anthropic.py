@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import suppress
 
 import anthropic
 import pytest
@@ -115,7 +114,7 @@ async def test_counting_tokens_wakes_nobody(client: AsyncAnthropic, served: Serv
     await awake(served, "a")
     counted = await client.messages.count_tokens(model="a", messages=ASK)
     assert counted.input_tokens > 3
-    with suppress(anthropic.ConflictError):  # of a sleeper it is refused, unless vLLM is asked
+    with pytest.raises(anthropic.ConflictError, match="homegptctl switch b"):
         await client.with_options(max_retries=0).messages.count_tokens(model="b", messages=ASK)
     assert await phase(served, "a") == "awake"
     assert await phase(served, "b") == "asleep"

@@ -78,11 +78,11 @@ def desktop() -> Iterator[Desktop]:
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, root, ignore_errors=True)
         box = Box(root, speed=20.0)
-        # sleeps and wakes of two seconds each; a writes 40 tokens a second, b ten
+        # sleeps and wakes of two seconds each; a writes 40 tokens a second, b fourteen
         slow = ("--sim-pcie-gbps", "0.5", "--sim-pin-gbps", "0.5")
         models = [
             SimModel("a", "active", weights_gb=20, flags=(*slow, "--sim-tokens-per-s", "2")),
-            SimModel("b", weights_gb=20, flags=(*slow, "--sim-tokens-per-s", "0.5")),
+            SimModel("b", weights_gb=20, flags=(*slow, "--sim-tokens-per-s", "0.7")),
         ]
         listen = f"http: {{listen: ['127.0.0.1:{box.port}']}}\n"
         box.write(*models, head=f"{listen}webui: {{enabled: true, port: {free_port()}}}\n")
