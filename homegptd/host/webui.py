@@ -13,6 +13,8 @@ from .quote import expanded, word
 NAME = "homegpt.internal"
 """How the box is called inside; an address of the bridge, where homegptd listens too."""
 SECRET = "homegpt-webui"  # noqa: S105 - the name of a Podman secret
+_OWN_NAMES = ("localhost", "127.0.0.1")
+"""How the page is opened on the box, where alone it is published."""
 _CONNECTION = {
     "0": {
         "enable": True,
@@ -65,7 +67,7 @@ WantedBy=homegpt.service
 
 def environment(config: Config, box: str = NAME) -> dict[str, str]:
     """What Open WebUI is told; `box` is how it reaches homegptd from where it runs."""
-    port, page = config.http.listen[0].rpartition(":")[2], config.webui.port
+    port = config.http.listen[0].rpartition(":")[2]
     env = {
         "OPENAI_API_BASE_URLS": f"http://{box}:{port}/v1",
         "OPENAI_API_KEYS": "homegpt",  # must not be empty; the daemon asks for none here
@@ -86,7 +88,7 @@ def environment(config: Config, box: str = NAME) -> dict[str, str]:
         "DO_NOT_TRACK": "true",
         "SCARF_NO_ANALYTICS": "true",
         # a page under another name loads, but its websocket is refused and no answer ever shows
-        "CORS_ALLOW_ORIGIN": f"http://localhost:{page};http://127.0.0.1:{page}",
+        "CORS_ALLOW_ORIGIN": ";".join(f"http://{own}:{config.webui.port}" for own in _OWN_NAMES),
     }
     if not all(_calls_tools(model) for model in config.models):
         # three dozen tools go with each chat otherwise, and a vLLM that is not told how to read
