@@ -5,10 +5,11 @@ import re
 import select
 import socket
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 from time import monotonic, monotonic_ns, perf_counter
 
-from bench.kit import Http, memory_mb
+from bench.kit import US, Http, cpu_s, memory_mb
 from bench.peers import Target
 from bench.upstream import EVENTS_PER_S, LENGTH
 
@@ -27,8 +28,11 @@ class Streams:
     events: int = 0
     complete: int = 0
     took_s: float = 0.0
+    cpu_us: float = nan
+    """Of the proxy for an event, while all streams run: neither their begin nor their end. nan:
+    they did not run together for long enough."""
     rss_mb: float = 0.0
-    """Of the proxy, when the first stream has half of its events."""
+    """Of the proxy, when all streams run."""
 
 
 class _Stream:
@@ -69,6 +73,7 @@ def streams(target: Target, count: int, events: int) -> Streams:
         open_[sock.fileno()] = _Stream(sock, watched=number < _WATCHED)
         poll.register(sock, select.EPOLLIN)
     limit = began + 20 + 3 * events / EVENTS_PER_S
+    silent, all_run, heard, timed = count, (0.0, 0), 0, False
     while open_ and monotonic() < limit:
         for number, _ in poll.poll(1.0):
             stream = open_[number]
@@ -76,9 +81,20 @@ def streams(target: Target, count: int, events: int) -> Streams:
                 data = stream.sock.recv(65536)
             except OSError:
                 data = b""
-            if not found.rss_mb and target.pid and stream.events >= events // 2:
-                found.rss_mb = memory_mb(target.pid)["Rss"]
-            if not data or _heard(stream, data, found):
+            before = stream.events
+            ended = not data or _heard(stream, data, found)
+            heard += stream.events - before
+            if not before and stream.events:
+                silent -= 1
+                if not silent and target.pid:
+                    all_run = cpu_s(target.pid), heard
+                    found.rss_mb = memory_mb(target.pid)["Rss"]
+            if ended and target.pid and not silent and not timed:
+                timed = True
+                between = heard - all_run[1]
+                if between > count * events / 5:  # else they hardly ran together
+                    found.cpu_us = (cpu_s(target.pid) - all_run[0]) * US / between
+            if ended:
                 found.complete += bool(data)
                 found.events += stream.events
                 stream.sock.close()

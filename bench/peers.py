@@ -55,6 +55,7 @@ defaults
 listen door
   bind 127.0.0.1:{port} backlog 4096
   http-reuse always
+  option http-no-delay
   server engine unix@{socket} pool-max-conn -1
 """
 _LITELLM = """

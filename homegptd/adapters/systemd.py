@@ -32,6 +32,8 @@ _CANNOT_RUN = {
     127: "its command is not in the image",
 }
 """podman-run(1), "Exit Status": a configuration fault, the next try would end the same way."""
+_BEFORE_THE_ENGINE = ("podman", "install", "rm", "sh")
+"""Programs of a unit whose words are about its start; conmon's are the engine's own."""
 _ENDED_BY_SYSTEMD = {
     "oom-kill": "was killed: the host ran out of memory",
     "timeout": "was killed by systemd: it took too long",
@@ -253,9 +255,15 @@ class SystemdUnits:
         return Fault(f"{text}{name} {_exit(end).detail}{said}", hint=hint)
 
     async def _last_words(self, unit: Unit) -> str:
-        """podman's own line about it; "" where the journal is closed to us."""
-        lines = await newest_lines(20, f"_SYSTEMD_UNIT={unit.name}", "_COMM=podman")
-        errors = [line for line in lines if line.startswith("Error: ")]
+        """What podman, or a command before it, said in this try; "" where we may not read it."""
+        try:
+            number = await self._manager.get(unit.path, "Unit", "InvocationID")
+        except BusError:
+            return ""
+        this = f"_SYSTEMD_INVOCATION_ID={bytes(number).hex()}"
+        lines = await newest_lines(20, this, *(f"_COMM={name}" for name in _BEFORE_THE_ENGINE))
+        told = tuple(f"{name}: " for name in ("Error", *_BEFORE_THE_ENGINE))
+        errors = [line for line in lines if line.startswith(told)]
         return errors[-1].removeprefix("Error: ")[:300] if errors else ""
 
     # ------------------------------------------------------------ stopping
@@ -351,7 +359,8 @@ def _detail(end: End, code: int | None) -> str:
     if end.result in _ENDED_BY_SYSTEMD:
         return _ENDED_BY_SYSTEMD[end.result]
     if code is None:
-        return "ended; nobody knows how"
+        failed = end.result in {"exit-code", "signal"}
+        return "failed before its engine began" if failed else "ended; nobody knows how"
     if code >= 0:
         return f"exited with code {code}"
     return f"was killed by {signal.Signals(-code).name}"

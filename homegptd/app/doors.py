@@ -61,9 +61,10 @@ def open_doors(
         for sockets in kept.values():
             for sock in sockets:
                 stack.callback(sock.close)
-        sock = _control_door(stack, control, group, kept, keeper)
         http = _http_doors(stack, listen, kept, keeper)
-        doors = Doors(sock, http, _model_doors(stack, models, kept, keeper))
+        single = _model_doors(stack, models, kept, keeper)
+        # the last one, so that whoever finds it finds the others open
+        doors = Doors(_control_door(stack, control, group, kept, keeper), http, single)
         if keeper is not None:
             _drop_the_rest(doors, kept, keeper)
         yield doors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from .asked import Stop
-from .host import FAILED, daemon_runs, host
+from .host import FAILED, daemon_runs, host, need_root
 from .host import places as host_places
 from .render import clean, out, print_json
 
@@ -24,13 +24,17 @@ def run(asked: Asked) -> int:
     running = _runs(asked)
     bad = False
     found: list[Any] = []
-    for one in host("doctor").examine(host_places(), root=root, running=running):
+    gpu = "gpu" in asked.options
+    if gpu:
+        need_root("doctor --gpu")
+    examine = host("doctor").examine
+    for one in examine(host_places(), root=root, running=running, inside=gpu):
         bad = bad or one.verdict == "fail"
         found.append(one)
         if not asked.json:
             _show(one)
     measured: list[dict[str, Any]] = []
-    if "gpu" in asked.options:
+    if gpu:
         from .doctor_gpu import exercise
 
         measured = exercise(asked, running=running)

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import sys
+from shutil import get_terminal_size
 
 from .asked import Stop, usage
-from .host import FAILED, REFUSED, carry_out, confirm, faults, host, need_root, show_diff
+from .host import (
+    FAILED,
+    REFUSED,
+    carry_out,
+    confirm,
+    daemon_runs,
+    faults,
+    host,
+    need_root,
+    show_diff,
+)
 from .host import places as host_places
+from .render import clean
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,7 +57,22 @@ def _add(asked: Asked) -> int:
     if "no-pull" not in asked.options:
         _fetch(plan.config.model(found.id), plan.config, places)
     print("\n".join(carry_out(asked, plan)))
-    return 0
+    return _brought_up(asked, found.id, wish.mode)
+
+
+def _brought_up(asked: Asked, model: str, mode: str) -> int:
+    """Follow the start that the daemon begins by itself. Raises: Stop."""
+    if mode == "disabled" or not daemon_runs(asked):
+        return 0
+    from . import acts
+    from .client import ask
+
+    views = ask(asked.socket, "status")["models"]
+    down = any(view["id"] == model and view["phase"] == "down" for view in views)
+    # a start of what is starting is done at once, so what is to come after it is asked for
+    asked.verb = "start" if down else "wake" if mode == "active" else "sleep"
+    asked.words = [model]
+    return acts.run(asked)
 
 
 def _remove(asked: Asked) -> int:
@@ -80,10 +107,24 @@ def _pull(asked: Asked) -> int:
 
 def _fetch(model: Any, config: Any, places: Any) -> list[str]:
     sys.stdout.flush()
-    fetched: list[str] = host("pull").pull(model, config, places)
+    live = sys.stdout.isatty()
+    try:
+        fetched: list[str] = host("pull").pull(model, config, places, _live if live else _quiet)
+    finally:
+        if live:
+            print("\r\x1b[K", end="", flush=True)
     for name in fetched:
         print(f"fetched {name}")
     return fetched
+
+
+def _live(text: str) -> None:
+    """One line of a terminal, over and over."""
+    print(f"\r\x1b[K{clean(text)[: get_terminal_size().columns - 1]}", end="", flush=True)
+
+
+def _quiet(text: str) -> None:
+    """A journal is no place for a line that changes."""
 
 
 def _init(asked: Asked) -> int:

@@ -10,6 +10,7 @@ from .commands import run
 from .places import Places
 
 _QUERY = "index,name,memory.total,memory.used,driver_version"
+_CONTROLLERS = Path("/sys/fs/cgroup/cgroup.controllers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,14 @@ def ram_mib() -> int:
     except OSError:
         return 0
     return next((int(row.split()[1]) // 1024 for row in rows if row.startswith("MemTotal:")), 0)
+
+
+def limits_memory() -> bool:
+    """Whether the kernel's memory controller is there, without which MemoryMax= is but a word."""
+    try:
+        return "memory" in _CONTROLLERS.read_text().split()
+    except OSError:
+        return False
 
 
 def free_gib(path: Path) -> float:

@@ -40,17 +40,23 @@ class Patient:
 Check = Callable[[Patient], Iterator[Finding]]
 
 
-def examine(places: Places, *, root: bool, running: bool) -> Iterator[Finding]:
-    """All findings, in the order in which a new box would be mended."""
+def examine(
+    places: Places, *, root: bool, running: bool, inside: bool = False
+) -> Iterator[Finding]:
+    """All findings, in the order in which a new box would be mended.
+
+    `inside`: also start a container for each card, to see whether it is there; needs root.
+    """
     from .doctor_box import BOX
     from .doctor_engines import ENGINES
+    from .doctor_gpu import devices
 
     config, finding = _config(places)
     yield finding
     if config is None:
         return
     patient = Patient(places, config, cards(), root=root, running=running)
-    for check in (*BOX, *ENGINES):
+    for check in (*BOX, *ENGINES, *((devices,) if inside else ())):
         try:
             yield from check(patient)
         except OSError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from .additions import missing_gib
-from .box import free_gib, ram_mib
+from .box import free_gib, limits_memory, ram_mib
 from .commands import run
 from .doctor import Check, Finding, Patient
 from .validate import GENERATORS
@@ -138,6 +138,9 @@ def ram(patient: Patient) -> Iterator[Finding]:
     good = needs <= (said or has)
     hint = None if good else f"{mend}: sleep_level: 2 for some, or startup_mode: disabled"
     yield Finding("RAM", "ok" if good else "warn", text, hint)
+    if not limits_memory():
+        text = "the kernel limits no unit's memory (no cgroup v2 controller), so MemoryMax= is void"
+        yield Finding("memory limits", "warn", text, "boot without cgroup_disable=memory")
 
 
 def disk(patient: Patient) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ from .apply import plan
 from .commands import HostFault, run
 from .doctor import Check, Finding, Patient
 from .places import SOCKETS
+from .podman_api import running
 from .pull import has_secret, lacks_image, lacks_weights
 from .render import CannotRender
 
@@ -81,20 +82,33 @@ def secrets(patient: Patient) -> Iterator[Finding]:
         yield Finding("secrets", "fail", f"podman has no secret {name}", mend)
 
 
+def containers(patient: Patient) -> Iterator[Finding]:
+    """What runs, by Podman's own account, and whether it has doors to the outside."""
+    if not patient.root:
+        yield Finding("containers", "skip", "only root sees them", "sudo homegptctl doctor")
+        return
+    names = [model.unit.removesuffix(".service") for model in patient.config.models]
+    try:
+        found = running(names)
+    except HostFault as fault:
+        yield Finding("containers", "skip", fault.message, fault.hint)
+        return
+    sizes = (f"{name} {one.memory_mib / 1024:.1f} GB" for name, one in found.items())
+    yield Finding("containers", "ok", ", ".join(sizes) or "none runs")
+    wrong = [f"{name} at {port}" for name, one in found.items() for port in one.ports]
+    if wrong:
+        mend = "take PublishPort= out of the unit, and give the model an engine: in the file"
+        yield Finding("ports of engines", "warn", f"open to the box: {', '.join(wrong)}", mend)
+
+
 def closed(patient: Patient) -> Iterator[Finding]:
     """No engine may be reached but by the daemon: dev mode has no locks of its own."""
-    wrong: list[str] = []
-    for model in patient.config.models:
-        name = model.unit.removesuffix(".service")
-        if patient.root:
-            published = run("podman", "port", name)
-            wrong += [f"{name} publishes {row}" for row in published.out.split("\n") if row]
-        wrong += _open(patient, model.id)
+    wrong = [row for model in patient.config.models for row in _open(patient, model.id)]
     if wrong:
-        mend = "sudo homegptctl apply; a unit of your own: no PublishPort=, --uds instead"
+        mend = "sudo homegptctl apply; a unit of your own: --uds, in a folder of mode 2750"
         yield Finding("closed", "fail", "; ".join(wrong), mend)
     else:
-        yield Finding("closed", "ok", "no engine listens where others reach it")
+        yield Finding("closed", "ok", "engines' sockets are the daemon's alone")
 
 
 def _open(patient: Patient, ident: str) -> Iterator[str]:
@@ -112,4 +126,4 @@ def _mode(path: Path) -> int | None:
         return None
 
 
-ENGINES: tuple[Check, ...] = (units, images, weights, secrets, closed)
+ENGINES: tuple[Check, ...] = (units, images, weights, secrets, containers, closed)

@@ -1,12 +1,14 @@
 """Images and weights, fetched before an engine starts: engines themselves have no network."""
 
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 from homegptd.config.schema import Config, EngineConfig, ModelConfig
 
 from .commands import HostFault, must, run
 from .places import HF_CACHE, Places
+from .podman_api import pull_image
 from .weights import complete, is_local, revision
 
 _FETCH = """\
@@ -36,8 +38,10 @@ def lacks_weights(engine: EngineConfig, places: Places) -> bool:
     return not complete(places.hf_cache, engine.model, revision(engine.args))
 
 
-def pull(model: ModelConfig, config: Config, places: Places) -> list[str]:
-    """Fetch what is missing, with podman's and the hub's own progress on the terminal.
+def pull(
+    model: ModelConfig, config: Config, places: Places, show: Callable[[str], None]
+) -> list[str]:
+    """Fetch what is missing; `show` is told how far the image is, and the hub says so itself.
 
     Returns what was fetched. Raises: HostFault.
     """
@@ -46,12 +50,19 @@ def pull(model: ModelConfig, config: Config, places: Places) -> list[str]:
         return []
     fetched: list[str] = []
     if lacks_image(engine.image):
-        _shown("podman", "pull", engine.image, doing=f"pull {engine.image}")
+        _image(engine.image, show)
         fetched.append(engine.image)
     if lacks_weights(engine, places):
         _fetch(model, engine, config, places)
         fetched.append(engine.model or "")
     return fetched
+
+
+def _image(name: str, show: Callable[[str], None]) -> None:
+    try:
+        pull_image(name, show)
+    except HostFault:  # no service, or none that can: the command line says why, if it cannot
+        _shown("podman", "pull", name, doing=f"pull {name}")
 
 
 def _fetch(model: ModelConfig, engine: EngineConfig, config: Config, places: Places) -> None:

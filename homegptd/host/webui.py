@@ -15,6 +15,8 @@ NAME = "homegpt.internal"
 SECRET = "homegpt-webui"  # noqa: S105 - the name of a Podman secret
 KEY = "homegpt-webui-key"
 """Another Podman secret, with an API key."""
+_OWN_NAMES = ("localhost", "127.0.0.1")
+"""How the page is opened on the box, where alone it is published."""
 _CONNECTION = {
     "0": {
         "enable": True,
@@ -104,7 +106,8 @@ def environment(config: Config, box: str = NAME) -> dict[str, str]:
         "ANONYMIZED_TELEMETRY": "false",
         "DO_NOT_TRACK": "true",
         "SCARF_NO_ANALYTICS": "true",
-        "CORS_ALLOW_ORIGIN": f"http://localhost:{config.webui.port}",
+        # a page under another name loads, but its websocket is refused and no answer ever shows
+        "CORS_ALLOW_ORIGIN": ";".join(f"http://{own}:{config.webui.port}" for own in _OWN_NAMES),
     }
     if not all(_calls_tools(model) for model in config.models):
         # three dozen tools go with each chat otherwise, and a vLLM that is not told how to read

@@ -245,6 +245,7 @@ def state_of(server: SimServer) -> Body:
         "pinned_mib": pinned_mib,
         "running": engine.running,
         "waiting": engine.waiting,
+        "prompts": [turn.prompt for turn in engine.turns],
         "control_pending": engine.control_pending,
         "faults": [asdict(f) for f in server.faults.ordered],
     }

@@ -40,6 +40,7 @@ class Turn:
     """One request inside the engine."""
 
     number: int
+    prompt: str
     running: bool = False
     aborted: bool = False
     frozen: bool = False
@@ -133,7 +134,7 @@ class Scheduler:
 
         Raises EngineDead or Aborted. Closing the iterator takes the request out of the engine.
         """
-        turn = Turn(next(self._numbers))
+        turn = Turn(next(self._numbers), prompt)
         self.turns.add(turn)
         try:
             await self._begin(turn, prompt, rate)
@@ -152,7 +153,7 @@ class Scheduler:
 
     async def compute(self, prompt: str) -> bool:
         """One forward pass without an answer; true when its result is sound."""
-        turn = Turn(next(self._numbers))
+        turn = Turn(next(self._numbers), prompt)
         self.turns.add(turn)
         try:
             await self._begin(turn, prompt, self.options.tokens_per_s)

@@ -15,8 +15,8 @@ from tests.e2e.client import pid_of
 from tests.e2e.harness import Box, Running, SimModel
 
 SERVE = Path(__file__).parents[2] / ".ci/real-vllm/serve"
-_REAL = pytest.param("real", marks=[pytest.mark.real_vllm, pytest.mark.timeout(600)])
-SUBJECTS = ["sim", _REAL] if os.environ.get("HOMEGPT_REAL_VLLM") else ["sim"]
+REAL = pytest.param("real", marks=[pytest.mark.real_vllm, pytest.mark.timeout(600)])
+SUBJECTS = ["sim", REAL] if os.environ.get("HOMEGPT_REAL_VLLM") else ["sim"]
 _TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 _AWAKE_GB = {"a": 60.0, "b": 60.0, "c": 30.0, "embed": 5.0, "ears": 5.0}
 

@@ -46,6 +46,8 @@ class Sim:
     """More keys of its `engine:`, as YAML in flow style."""
     whole: str = ""
     """All of its `engine:` instead."""
+    more: str = ""
+    """More keys of its own, each a line."""
 
     def yaml(self) -> str:
         given = {**COMMON, **self.args}
@@ -58,7 +60,7 @@ class Sim:
             f"    weights_gb: 8\n"
             f"    residue_gb: 1.1\n"
             f"    startup_mode: {self.startup}\n"
-            f"    engine: {engine}\n"
+            f"    engine: {engine}\n" + "".join(f"    {row}\n" for row in self.more.splitlines())
         )
 
 

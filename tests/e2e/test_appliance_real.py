@@ -87,6 +87,7 @@ async def test_a_real_vllm_in_a_container(appliance: Appliance, real: Sim) -> No
     assert appliance.phases() == {"real": "awake", "writer": "asleep"}, told
     unit = appliance.machine.read("/etc/containers/systemd/homegpt/vllm-real.container")
     assert "DropCapability=all" in unit
+    assert '{"timestamp"' in told  # vllm-logging.json is what it logs by
     async with client(appliance, PATIENCE_S) as session:
         text = await answer(session, "real")
         before = appliance.main_pids("real")

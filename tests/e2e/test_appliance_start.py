@@ -85,6 +85,10 @@ def test_open_webui_starts_after_ready_and_reaches_the_daemon(appliance: Applian
     )
     words = ("podman", "exec", "open-webui", "python3", "-c", ask)
     assert "coder" in appliance.machine.run(*words, service=True).out
+    shown = appliance.machine.run("podman", "secret", "inspect", "--showsecret", "homegpt-webui")
+    secret = json.loads(shown.out)[0]["SecretData"]
+    assert len(secret) == 44
+    assert secret not in appliance.machine.run("podman", "inspect", "open-webui").out
     appliance.systemctl("stop", "homegpt")
 
 

@@ -192,8 +192,8 @@ def _roughly(rng: Random, model: Model, gpus: dict[Gpu, int]) -> Model:
         host_mib=4 * GIB,
         estimated=frozenset({Kind.RESIDUE, Kind.HOST}),
     )
-    leak = (foot.weights_mib + foot.kv_mib) // len(foot.gpus) // 100  # within the margin of a figure
-    return replace(model, spec=given, leak_mib=rng.choice((0, 0, 10, leak)))
+    within_margin = (foot.weights_mib + foot.kv_mib) // len(foot.gpus) // 100
+    return replace(model, spec=given, leak_mib=rng.choice((0, 0, 10, within_margin)))
 
 
 def changed(rng: Random, model: Model, gpus: dict[Gpu, int]) -> Model:

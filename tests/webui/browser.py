@@ -42,20 +42,21 @@ class Browser:
     def models(self) -> dict[str, bool]:
         """Every model of the selector, and whether it has the dot of a loaded one."""
         self._open_selector()
-        entries = self.page.locator("[role=option], button[aria-label^='Select '][data-value]")
+        entries = self.page.locator("#model-selector-list [role=option]")
         entries.first.wait_for()
-        found = {}
-        for entry in entries.all():
-            name = entry.get_attribute("data-value") or entry.inner_text().split("\n")[0]
-            found[name.strip()] = entry.locator(".bg-green-500").count() > 0
-        return found
+        return {
+            entry.get_attribute("data-value"): entry.locator(".bg-green-500").count() > 0
+            for entry in entries.all()
+        }
 
     def choose(self, model: str) -> None:
         self._open_selector()
         self.page.locator(f"[data-value='{model}']").first.click()
 
     def _open_selector(self) -> None:
-        self.page.locator("#model-selector-0-button").click()
+        button = self.page.locator("#model-selector-model-button")
+        if button.get_attribute("aria-expanded") != "true":
+            button.click()
 
     def say(self, text: str) -> None:
         box = self.page.locator("#chat-input")

@@ -25,7 +25,7 @@ from tests.e2e.harness import Box, Running, SimModel, free_port
 
 PYTHON = os.environ.get("HOMEGPT_WEBUI", "")
 _ADMIN = {"email": "admin@example.org", "password": "not-a-secret", "name": "Admin"}
-_READY_S = 180.0
+_READY_S = 400.0
 _HERE = Path(__file__).parent
 
 
@@ -78,26 +78,26 @@ def desktop() -> Iterator[Desktop]:
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, root, ignore_errors=True)
         box = Box(root, speed=20.0)
-        # sleeps and wakes of two seconds each; a writes 40 tokens a second, b four
+        # sleeps and wakes of two seconds each; a writes 40 tokens a second, b fourteen
         slow = ("--sim-pcie-gbps", "0.5", "--sim-pin-gbps", "0.5")
         models = [
             SimModel("a", "active", weights_gb=20, flags=(*slow, "--sim-tokens-per-s", "2")),
-            SimModel("b", weights_gb=20, flags=(*slow, "--sim-tokens-per-s", "0.2")),
+            SimModel("b", weights_gb=20, flags=(*slow, "--sim-tokens-per-s", "0.7")),
         ]
-        box.write(*models, head="webui: {enabled: true}\n")
+        listen = f"http: {{listen: ['127.0.0.1:{box.port}']}}\n"
+        box.write(*models, head=f"{listen}webui: {{enabled: true, port: {free_port()}}}\n")
         daemon = stack.enter_context(box.daemon())
-        page = stack.enter_context(_served(box, root, shots))
-        daemon.ready(90.0)
+        url, server = stack.enter_context(_served(box, root))
+        daemon.ready(120.0)
+        _until_up(url, server, root / "webui.log")
+        page = stack.enter_context(_browser(url, _token(url), shots))
         yield Desktop(box, daemon, page)
 
 
 @contextmanager
-def _served(box: Box, root: Path, shots: Path) -> Iterator[Page]:
-    port = free_port()
+def _served(box: Box, root: Path) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
     config = load(box.config)
-    told = environment(config, "127.0.0.1")
-    told["OPENAI_API_BASE_URLS"] = f"{box.url}/v1"  # the box listens where it is told to, here
-    told["CORS_ALLOW_ORIGIN"] = f"http://127.0.0.1:{port}"
+    told, port = environment(config, "127.0.0.1"), config.webui.port
     own = {
         "DATA_DIR": str(root / "webui"),
         "WEBUI_SECRET_KEY": "only here",
@@ -112,10 +112,7 @@ def _served(box: Box, root: Path, shots: Path) -> Iterator[Page]:
             env={**base, **told, **own}, stdout=log, stderr=log, cwd=root,
         )  # fmt: skip
     try:
-        url = f"http://127.0.0.1:{port}"
-        _until_up(url, server, root / "webui.log")
-        with _browser(url, _token(url), shots) as page:
-            yield page
+        yield f"http://127.0.0.1:{port}", server
     finally:
         server.terminate()
         with suppress(subprocess.TimeoutExpired):

@@ -46,7 +46,7 @@ devices:
   - name: "{name}"
     containerEdits:
       deviceNodes: [{{path: /dev/nvidia0, hostPath: /dev/null}}]
-      env: ["NVIDIA_VISIBLE_DEVICES=void"]
+      env: ["NVIDIA_VISIBLE_DEVICES=GPU-lab-{name}"]
 """
     for name in ("all", "0", "1")
 )

@@ -146,6 +146,22 @@ def test_a_missing_image_is_told_in_podmans_words_to_whom_may_read_them(allowed:
     assert lasting is True
 
 
+def test_a_failed_start_is_told_in_the_words_of_this_try(allowed: Machine) -> None:
+    allowed.run("usermod", "-aG", "systemd-journal", "homegpt")
+    try:
+        allowed.install("vllm-alpha.container", ENGINE.replace("homegpt-sim:1", "no-such-image:1"))
+        ((_, told, _),) = _act(allowed, "start", "alpha")
+        assert "no-such-image" in str(told)
+        folder = "ExecStartPre=/usr/bin/install -d"
+        allowed.install("vllm-alpha.container", ENGINE.replace(folder, f"{folder} /dev/null/x"))
+        ((_, told, lasting),) = _act(allowed, "start", "alpha")
+    finally:
+        allowed.run("gpasswd", "-d", "homegpt", "systemd-journal")
+    assert "vllm-alpha.service failed before its engine began: install: cannot " in str(told)
+    assert "Not a directory" in str(told)
+    assert lasting is False  # a full disk is emptied again
+
+
 # ------------------------------------------------------------ our own job
 
 
