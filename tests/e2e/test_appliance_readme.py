@@ -1,7 +1,7 @@
 """README's "On a server", word for word, on a box with a card; and a model in one command.
 
-The card, its tool and the hub are stand-ins: there are none here. The card believes the ledger of
-the daemon, so what `doctor --gpu` measures on it shows the measuring alone.
+The card, its tool and the hub are stand-ins: there are none here. Without a driver's library
+`doctor --gpu` measures nothing and says so; what it measures is shown on a simulated card.
 """
 
 import json
@@ -134,7 +134,7 @@ def test_an_image_is_pulled_with_its_progress_in_sight(box: Appliance) -> None:
         machine.run("sh", "-c", f"rm -rf /root/oci; podman rmi {name}", check=False)
 
 
-def test_the_doctor_measures_what_a_sleep_frees(box: Appliance) -> None:
+def test_the_doctor_looks_inside_containers_and_says_that_nothing_measures(box: Appliance) -> None:
     machine = box.machine
     box.write_config(
         "gpus: [{index: 0, memory_mib: 81559}]\n"
@@ -150,11 +150,9 @@ def test_the_doctor_measures_what_a_sleep_frees(box: Appliance) -> None:
     assert found["GPU 0 inside"]["verdict"] == "ok", found["GPU 0 inside"]
     assert found["VRAM"]["said"] == "80 GB on 1 GPUs"
     assert found["memory limits"]["verdict"] == "warn"  # none in this lab
-    assert [row["model"] for row in told["gpu"]] == ["one", "two"]
-    for row in told["gpu"]:
-        assert row["verdict"] == "ok", row
-        freed = row["awake_mib"]["0"] - row["asleep_mib"]["0"]
-        assert freed == pytest.approx((60 - 0.75) * 1024, rel=0.01)
+    (driver,) = told["gpu"]
+    assert (driver["model"], driver["verdict"]) == ("driver", "fail")
+    assert "no driver" in driver["said"]
     cdi = machine.read("/etc/cdi/nvidia.yaml")
     machine.write("/etc/cdi/nvidia.yaml", cdi.replace("GPU-lab-0", "GPU-lab-1"))
     try:

@@ -144,3 +144,16 @@ def test_what_cannot_be_verified_is_a_fault_and_the_engine_starts_anew(
         switched(box, "writer")
         assert reason in box.log()
         assert len(box.engine_pids() - before) == 1
+
+
+def test_the_doctor_measures_what_a_sleep_frees(box: Box) -> None:
+    box.write(SimModel("a", "active"), SimModel("b"))
+    with measuring(box):
+        told = json.loads(box.ctl("--json", "doctor", "--gpu", "--yes").stdout)
+    rows = {(row["model"], row["level"]): row for row in told["gpu"]}
+    assert rows["driver", None]["verdict"] == rows["books", None]["verdict"] == "ok"
+    for model in ("a", "b"):
+        row = rows[model, 1]
+        assert row["verdict"] == "ok", row
+        assert row["freed_mib"] == row["awake_mib"] - row["kept_mib"] > 0
+        assert row["pinned_mib"] > 0
