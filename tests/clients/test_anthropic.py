@@ -13,7 +13,12 @@ from .conftest import Served
 
 GREEDY = {"temperature": 0}  # this SDK has no word for it
 ASK = [{"role": "user", "content": "Tell me something about rivers."}]
-TOOL = {"name": WEATHER["name"], "description": WEATHER["description"], "input_schema": CITY}
+TOOL = {
+    "name": WEATHER["name"],
+    "description": WEATHER["description"],
+    "input_schema": CITY,
+    "strict": True,
+}
 
 
 @pytest.fixture
@@ -130,5 +135,5 @@ async def test_a_wrong_model_is_told_at_once_and_not_retried(
 
 
 async def test_a_bad_request_is_the_models_own_word(client: AsyncAnthropic, served: Served) -> None:
-    with pytest.raises(anthropic.BadRequestError, match="maximum context length"):
+    with pytest.raises(anthropic.BadRequestError, match="cannot be greater than max_model_len"):
         await client.messages.create(model="a", messages=ASK, max_tokens=1_000_000, timeout=30.0)
