@@ -253,6 +253,8 @@ class Inference:
         if limit is not None and (not isinstance(limit, int) or limit < (1 if chat else 0)):
             raise Refused(400, f"max_tokens must be at least 1, got {limit}.", "max_tokens")
         wanted = _CHAT_LENGTH if limit is None else limit
+        if limit is not None and wanted > room:
+            raise _too_many(body, wanted, room)
         if used + (0 if limit is None else wanted) > room or used >= room:
             raise Refused(
                 400, _too_long(room, used, 0 if limit is None else wanted), "input_tokens"
@@ -292,6 +294,12 @@ def _too_long(room: int, prompt: int, wanted: int) -> str:
         f"least {prompt + wanted} tokens. Please reduce the length of the input prompt or the "
         "number of requested output tokens."
     )
+
+
+def _too_many(body: Body, wanted: int, room: int) -> Refused:
+    name = "max_tokens" if "max_completion_tokens" not in body else "max_completion_tokens"
+    told = f"{name}={wanted} cannot be greater than max_model_len={room}. Please request fewer"
+    return Refused(400, f"{told} output tokens. (parameter={name}, value={wanted})", name)
 
 
 def _prompts(body: Body) -> list[str]:

@@ -17,7 +17,12 @@ CITY = {
     "required": ["city"],
     "additionalProperties": False,
 }
-WEATHER = {"name": "weather", "description": "Tells the weather of a city.", "parameters": CITY}
+WEATHER = {
+    "name": "weather",
+    "description": "Tells the weather of a city.",
+    "parameters": CITY,
+    "strict": True,  # vLLM then holds even random weights to the schema
+}
 
 
 def says(served: Served, model: str, text: str) -> bool:

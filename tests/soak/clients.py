@@ -65,7 +65,13 @@ class Client:
         self._session, self._books, self._port, self._dice = session, books, port, dice
 
     async def ask(self, wish: Wish) -> None:
-        """Until the wish has its answer. Raises: Breach."""
+        """Until the wish has its answer. Raises: Breach, also for what nobody understands."""
+        try:
+            await self._ask(wish)
+        except (LookupError, TypeError, ValueError, aiohttp.ClientError) as error:
+            raise Breach(f"not understood: {error!r}", wish) from error
+
+    async def _ask(self, wish: Wish) -> None:
         if wish.leaves is not None:
             wish.tries = 1
             await self._leave(wish)
@@ -191,7 +197,8 @@ class Client:
         finally:
             if self._dice.random() < 0.5:
                 reset = struct.pack("ii", 1, 0)
-                writer.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_LINGER, reset)
+                with suppress(OSError):  # closed already
+                    writer.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_LINGER, reset)
             writer.close()
             wish.tell("gone")
 
