@@ -37,6 +37,7 @@ from homegptd.core.model import (
     Ticket,
     TicketId,
 )
+from homegptd.core.quick import quick
 from homegptd.core.refusals import Reason, Refusal
 from homegptd.core.story import Line, tell
 
@@ -201,16 +202,18 @@ class Scheduler:
 
     def _take(self, event: Event) -> None:
         before, now = self._state, self.loop.time()
-        outcome = step(before, event, now)
+        short = quick(before, event, now)
+        outcome = short or step(before, event, now)
         self._state = outcome.state
-        self._rearm(outcome.wake_at)
+        self._rearm(earliest(self._rings_at, outcome.wake_at) if short else outcome.wake_at)
         for command in outcome.commands:
             self._carry_out(command)
         if self._emptied is not None and not outcome.state.granted and not self._emptied.done():
             self._emptied.set_result(None)
-        lines = tell(before, event, outcome, now)
-        if lines:
-            self._publish(lines)
+        if not short:
+            lines = tell(before, event, outcome, now)
+            if lines:
+                self._publish(lines)
 
     def _rearm(self, at: float | None) -> None:
         """The instant is kept here: uvloop's handle of a timer that is all but due knows none."""
@@ -372,6 +375,10 @@ class Scheduler:
             yield
         finally:
             self._watchers.discard(watcher)
+
+
+def earliest(*instants: float | None) -> float | None:
+    return min((at for at in instants if at is not None), default=None)
 
 
 def _fields(line: Line) -> dict[str, object]:
