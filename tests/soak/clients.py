@@ -155,7 +155,9 @@ class Client:
         gone = self._books.happened(DAEMON_GONE, since)
         cuts = self._books.happened((Kind.NOW,), since)
         code = failed.code
-        if failed.begun:
+        if failed.begun and code == "engine_fault":
+            self._books.excuse(wish, f"cut: {code}", [*gone, *kills])
+        elif failed.begun:
             self._books.excuse(wish, f"cut: {code}", [*kills, *gone, *cuts])
         elif code in ("shutting_down", "overloaded_error") and gone:
             self._books.excuse(wish, "told to retry: stopping", gone)

@@ -34,10 +34,6 @@ class Browser:
     def new_chat(self) -> None:
         self.page.goto(self.url)
         self.page.locator("#chat-input").wait_for()
-        for word in ("Okay, Let's Go!", "Close"):
-            button = self.page.get_by_role("button", name=word)
-            if button.count() and button.first.is_visible():
-                button.first.click()
 
     def models(self) -> dict[str, bool]:
         """Every model of the selector, and whether it has the dot of a loaded one."""
