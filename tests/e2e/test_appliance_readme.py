@@ -76,6 +76,7 @@ def _quicken(box: Appliance) -> None:
     quick = "sim-speed: 1000, sim-weights-gb: 8, sim-residue-gb: 1"
     box.write_config(
         text.replace("args: {enable-sleep-mode: true}", f"args: {{{quick}}}")
+        .replace("  available_ram_gb: ", "  available_ram_gb: 10")
         .replace("webui:\n  enabled: true", "webui:\n  enabled: false")
     )  # fmt: skip
 
