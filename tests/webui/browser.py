@@ -84,6 +84,8 @@ def main() -> None:
         context.add_init_script(f"localStorage.setItem('token', {json.dumps(token)})")
         page = context.new_page()
         page.set_default_timeout(PATIENCE_MS)
+        news = page.get_by_role("button", name="Okay, Let's Go!")  # comes at some moment, once
+        page.add_locator_handler(news, lambda button: button.click())
         browser = Browser(page, url, shots)
         for line in sys.stdin:
             try:
