@@ -6,11 +6,12 @@ import os
 import select
 import signal
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from .harness import Box, SimModel
+from .harness import Box, SimModel, free_port
 
 pytestmark = pytest.mark.e2e
 
@@ -88,7 +89,8 @@ def test_a_second_daemon_on_the_socket_is_refused_and_the_first_goes_on(box: Box
     box.write(SimModel("a", "active"))
     with box.daemon() as daemon:
         daemon.ready()
-        done = box.run("--listen", "127.0.0.1:0", "--state-dir", str(box.root / "other"))
+        elsewhere = replace(box, port=free_port())
+        done = elsewhere.run("--state-dir", str(box.root / "other"))
         assert done.returncode == 69
         assert str(box.socket) in done.stderr
         assert box.model("a")["phase"] == "awake"
