@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 BIN = Path(sys.executable).parent
 PATIENCE_S = 15.0
@@ -102,10 +102,16 @@ class Box:
             capture_output=True, text=True, timeout=PATIENCE_S, check=False,
         )  # fmt: skip
 
-    def popen_ctl(self, *words: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            [BIN / "homegptctl", "--socket", self.socket, *words], stdout=subprocess.PIPE, text=True
-        )
+    @contextmanager
+    def reading_ctl(self, *words: str) -> Iterator[IO[str]]:
+        """What a verb that does not end prints; it is ended with the block, however that ends."""
+        words = (str(BIN / "homegptctl"), "--socket", str(self.socket), *words)
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            try:
+                yield process.stdout
+            finally:
+                process.terminate()
 
     def status(self) -> dict[str, Any]:
         done = self.ctl("--json", "status")

@@ -226,17 +226,13 @@ def test_events_tell_the_story_as_it_happens(box: Box) -> None:
     with box.daemon() as daemon:
         daemon.ready()
         seen: set[str] = set()
-        with box.popen_ctl("--json", "events") as events:
-            try:
-                assert events.stdout is not None
-                models = itertools.cycle("ba")
-                while not {"operation", "phase"} <= seen:  # it may not listen yet
-                    if select.select([events.stdout], [], [], 0)[0]:
-                        seen.add(json.loads(events.stdout.readline())["kind"])
-                    else:
-                        assert box.ctl("switch", next(models)).returncode == 0
-            finally:
-                events.terminate()
+        with box.reading_ctl("--json", "events") as events:
+            models = itertools.cycle("ba")
+            while not {"operation", "phase"} <= seen:  # it may not listen yet
+                if select.select([events], [], [], 0)[0]:
+                    seen.add(json.loads(events.readline())["kind"])
+                else:
+                    assert box.ctl("switch", next(models)).returncode == 0
 
 
 def test_the_demo_brings_its_own_models(box: Box) -> None:
@@ -250,9 +246,7 @@ def test_logs_can_be_followed(box: Box) -> None:
     box.write(SimModel("a", "active"))
     with box.daemon() as daemon:
         daemon.ready()
-        with box.popen_ctl("logs", "a", "-n", "1", "-f") as logs:
-            assert logs.stdout is not None
-            assert logs.stdout.readline()
+        with box.reading_ctl("logs", "a", "-n", "1", "-f") as logs:
+            assert logs.readline()
             assert box.ctl("stop", "a").returncode == 0
-            assert logs.stdout.readline()
-            logs.terminate()
+            assert logs.readline()
