@@ -62,16 +62,21 @@ def is_news(state: State, missing: Mapping[Gpu, int], pressure: float) -> bool:
 
 
 def suffices(engine: Engine, seen: Seen) -> bool:
-    """Whether what is free is enough for its start or its wake."""
+    """Whether what is free is enough for its start or its wake.
+
+    Only where it takes more than it has: a wake takes no host RAM, so that want of it is no reason
+    (`ledger.room_for` says the same, or the wake would be ordered again and again).
+    """
     match engine.phase:
         case Waking(level=level):
-            holds = ledger.asleep(bare(engine), level)
+            before, holds = ledger.asleep(engine, level), ledger.asleep(bare(engine), level)
         case Starting(adopts=False):
-            holds = ledger.Books()
+            before = holds = ledger.Books()
         case _:
             return True
     need, free = ledger.awake(engine), seen.free_mib
-    return all(need[place] - holds[place] <= free[place] for place in need if place in free)
+    takes = [place for place in need if place in free and need[place] > before[place]]
+    return all(need[place] - holds[place] <= free[place] for place in takes)
 
 
 def bare(engine: Engine) -> Engine:

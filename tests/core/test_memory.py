@@ -34,13 +34,14 @@ from homegptd.core.model import (
     Engine,
     Gpu,
     ModelId,
+    OrderId,
     SleepLevel,
     Stopping,
     Waking,
 )
 from homegptd.core.refusals import Reason
 
-from .builders import GB, ONE, TRAITS, Run, asleep, awake, box, down
+from .builders import GB, ONE, TRAITS, Run, asleep, awake, box, down, engine
 
 A, B, G0, G1 = ModelId("a"), ModelId("b"), Gpu(0), Gpu(1)
 
@@ -346,3 +347,12 @@ def test_four_large_models_do_not_all_sleep_at_level_one_in_128_gb():
     asleep_now = [n for n in names if isinstance(run.phase(n), Asleep)]
     assert len(asleep_now) == 1
     assert sum(isinstance(run.phase(n), Awake) for n in names) <= 1
+
+
+def test_want_of_host_ram_keeps_nobody_from_waking():
+    """It takes none, and would be ordered again at once."""
+    one = engine(Waking(OrderId(1), 0.0, ONE), holds_pinned=True)
+    known = {(Kind.HOST, HOST): Figure(4 * GB, Source.MEASURED, margin_mib=GB)}
+    one = replace(one, learnt=replace(one.learnt, figures=known))
+    assert foreign.suffices(one, seen(80, ram_gb=0))
+    assert not foreign.suffices(one, seen(10, ram_gb=200))
