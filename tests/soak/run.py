@@ -41,25 +41,15 @@ class Soak:
     async def _run(self) -> None:
         await self.weather.begin()
         self._until = time.monotonic() + 60 * self.minutes
-        blowing = asyncio.Event()
         async with asyncio.TaskGroup() as group:
-            storm = group.create_task(self._blow(blowing))
+            storm = group.create_task(self.weather.blow(self._until))
             async with asyncio.TaskGroup() as clients:
                 for number in range(CLIENTS):
                     clients.create_task(self._client(number))
-            blowing.set()
             await storm
         await self.weather.quiet()
         await self.weather.end()
         self._close()
-
-    async def _blow(self, over: asyncio.Event) -> None:
-        """Weather until the time is up; the last requests end in calm."""
-        try:
-            async with asyncio.timeout(60 * self.minutes):
-                await self.weather.blow()
-        except TimeoutError:
-            return
 
     async def _client(self, number: int) -> None:
         dice = random.Random(f"{self.seed} client {number}")

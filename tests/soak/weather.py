@@ -98,10 +98,13 @@ class Weather:
 
     # ------------------------------------------------------------ the weather
 
-    async def blow(self) -> None:
-        """One trouble after the other, for ever. Raises: Breach."""
+    async def blow(self, until: float) -> None:
+        """One trouble after the other; a restart that has begun goes on to its end.
+
+        Raises: Breach.
+        """
         async with asyncio.TaskGroup() as group:
-            while True:
+            while time.monotonic() < until:
                 await asyncio.sleep(self._dice.uniform(0.2, 1.2))
                 if not self._deck:
                     self._deck = [kind for kind, times in _DECK.items() for _ in range(times)]
