@@ -118,6 +118,7 @@ def _served(box: Box, root: Path) -> Iterator[tuple[str, "subprocess.Popen[bytes
         with suppress(subprocess.TimeoutExpired):
             server.wait(10)
         server.kill()
+        server.wait()
 
 
 @contextmanager
@@ -135,6 +136,9 @@ def _browser(url: str, token: str, shots: Path) -> Iterator[Page]:
             process.wait(20)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
 
 
 def _until_up(url: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
