@@ -15,7 +15,7 @@ from random import Random
 from homegptd.core.draft import in_flight
 from homegptd.core.events import ConfigChanged, ShutdownAsked
 from homegptd.core.machine import initial
-from homegptd.core.memory import Learnt
+from homegptd.core.memory import Kind, Learnt
 from homegptd.core.model import (
     Act,
     EngineSpec,
@@ -302,7 +302,9 @@ class Town:
             task.cancel()
 
     def _is_measured(self, model: Model) -> bool:
-        return (model.id, f"{model.spec.fingerprint}/{VERSION}") in self.store.learnt
+        """An engine like it was seen awake. One that never came up has taught nothing."""
+        figures = self.store.learnt.get((model.id, f"{model.spec.fingerprint}/{VERSION}"), {})
+        return any(kind is Kind.AWAKE for kind, _ in figures)
 
     def _check_readies(self, scheduler: Watched, notes: Notes) -> None:
         if notes.readies != scheduler.state.booted and not scheduler.state.stopping:
