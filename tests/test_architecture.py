@@ -16,7 +16,6 @@ DOCUMENT = PACKAGE / "ARCHITECTURE.md"
 MOST_LINES = 400
 EXCUSED = {
     "core/story.py": "one sentence for each phase and event; nobody reads it in parts",
-    "wire/control.py": "the whole protocol, one record after another",
 }
 
 _ENTRY = re.compile(r"^- `([\w/]+\.py)`: \S", re.MULTILINE)

@@ -12,21 +12,22 @@ and `closing` (to everybody, before the daemon goes).
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal, NotRequired, TypeAlias, TypedDict
+from typing import Annotated, NotRequired, TypeAlias, TypedDict
 
+from .memory import FigureView as FigureView
+from .memory import MemoryModelView as MemoryModelView
+from .memory import MemoryReport as MemoryReport
+from .memory import MemoryView as MemoryView
+from .memory import PlaceView as PlaceView
 from .schema import Default
-
-ModelStatus: TypeAlias = Literal["active", "sleeping", "switching", "error", "disabled", "stopped"]
-PhaseWord: TypeAlias = Literal[
-    "down", "starting", "asleep", "waking", "awake", "draining", "falling-asleep", "stopping",
-    "proving",
-]  # fmt: skip
-DaemonPhase: TypeAlias = Literal["bootstrap", "ready", "degraded", "stopping"]
-OperationState: TypeAlias = Literal["running", "done", "failed", "cancelled"]
-StepState: TypeAlias = Literal["waiting", "running", "done", "failed"]
-Level: TypeAlias = Literal[1, 2]
-FigureWord: TypeAlias = Literal["awake", "residue", "pinned", "host"]
-SourceWord: TypeAlias = Literal["configured", "estimated", "measured"]
+from .words import DaemonPhase as DaemonPhase
+from .words import FigureWord as FigureWord
+from .words import Level as Level
+from .words import ModelStatus as ModelStatus
+from .words import OperationState as OperationState
+from .words import PhaseWord as PhaseWord
+from .words import SourceWord as SourceWord
+from .words import StepState as StepState
 
 
 class Method(StrEnum):
@@ -179,24 +180,6 @@ class FailureView(TypedDict):
     reason: str
 
 
-class MemoryView(TypedDict):
-    """What a model holds now, in MiB: summed over its GPUs, and of the host's RAM."""
-
-    gpu: int
-    host: int
-
-
-class FigureView(TypedDict):
-    """What is reckoned with: awake and residue on one GPU, pinned and host in the host's RAM."""
-
-    kind: FigureWord
-    gpu: Annotated[int | None, "null: the host's RAM"]
-    mib: int
-    margin_mib: Annotated[int, "charged on top"]
-    source: SourceWord
-    at: Annotated[float | None, "when it was measured last"]
-
-
 class RequestsView(TypedDict):
     """How many requests of a model are running, waiting for it, and frozen in its engine."""
 
@@ -344,41 +327,6 @@ class PlanView(TypedDict):
     expected_s: Annotated[float | None, "of all steps; null where answers have to end first"]
     eta: Annotated[SpanView | None, "until it is awake, answers and orders in flight counted"]
     sum: list[str]
-
-
-class PlaceView(TypedDict):
-    """One GPU, or the host's RAM, in MiB: what the books say, and what is really free."""
-
-    gpu: Annotated[int | None, "null: the host's RAM"]
-    name: str
-    total_mib: Annotated[int, "what engines may have together"]
-    booked_mib: Annotated[int, "what engines hold now, margins included"]
-    foreign_mib: int
-    foreign: Annotated[str, "who, as far as it is known"]
-    left_mib: int
-    free_mib: Annotated[int | None, "measured now; null: nothing measures"]
-
-
-class MemoryModelView(TypedDict):
-    """One model's figures, and what its engine was seen to hold now."""
-
-    id: str
-    phase: PhaseWord
-    figures: list[FigureView]
-    measured_with: Annotated[str | None, "the version of vLLM that was measured"]
-    grown_mib: Annotated[int, "growth of its residue since its first sleep, on the worst GPU"]
-    holds_gpu_mib: Annotated[dict[str, int] | None, "by GPU, of its processes"]
-    holds_host_mib: int | None
-
-
-class MemoryReport(TypedDict):
-    """All memory: figures with their source, the sums, and the pressure."""
-
-    now: float
-    measures: Annotated[bool, "whether anything measures: a driver, or a simulated box"]
-    pressure: Annotated[float, "percent of the last 10 s in which a task waited for host memory"]
-    places: list[PlaceView]
-    models: list[MemoryModelView]
 
 
 class LogsView(TypedDict):

@@ -1,0 +1,17 @@
+"""The words of the control protocol: what a member may say."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+ModelStatus: TypeAlias = Literal["active", "sleeping", "switching", "error", "disabled", "stopped"]
+PhaseWord: TypeAlias = Literal[
+    "down", "starting", "asleep", "waking", "awake", "draining", "falling-asleep", "stopping",
+    "proving",
+]  # fmt: skip
+DaemonPhase: TypeAlias = Literal["bootstrap", "ready", "degraded", "stopping"]
+OperationState: TypeAlias = Literal["running", "done", "failed", "cancelled"]
+StepState: TypeAlias = Literal["waiting", "running", "done", "failed"]
+Level: TypeAlias = Literal[1, 2]
+FigureWord: TypeAlias = Literal["awake", "residue", "pinned", "host"]
+SourceWord: TypeAlias = Literal["configured", "estimated", "measured"]
