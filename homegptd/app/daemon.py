@@ -44,7 +44,7 @@ from homegptd.faces.stored import Stored
 from homegptd.faces.upstream import Address
 from homegptd.runtime.bootstrap import observe
 from homegptd.runtime.heartbeat import Heartbeat
-from homegptd.runtime.keeper import Keeper
+from homegptd.runtime.keeper import Keeper, unpinned
 from homegptd.runtime.measuring import watch
 from homegptd.runtime.orders import Orders
 from homegptd.runtime.race import first
@@ -206,7 +206,11 @@ class Daemon:
     async def _begin(self) -> None:
         try:
             found = await observe(
-                self.backend.units, self.engines, self.orders.identify, self.meter
+                self.backend.units,
+                self.engines,
+                self.orders.identify,
+                self.meter,
+                unpinned(self.store),
             )
         except Fault as fault:
             raise CannotServe(fault.message, fault.hint) from fault

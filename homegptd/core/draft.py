@@ -162,6 +162,7 @@ class Draft:
                 traits=None,
                 incarnation=incarnation,
                 holds_pinned=False,
+                pins_unsure=False,
             )
         )
         self.say(Start(model, order, incarnation))
@@ -181,9 +182,10 @@ class Draft:
         wanted_by: ModelId | None = None,
     ) -> None:
         engine, order = self._drained(model), self._next_order()
-        first = level is SleepLevel.ONE and not engine.holds_pinned
+        pins = level is SleepLevel.ONE
+        first = pins and not engine.holds_pinned
         phase = FallingAsleep(order, self.now, level, frozen, wanted_by, first)
-        self.put(replace(engine, phase=phase, holds_pinned=engine.holds_pinned or first))
+        self.put(replace(_pins(engine) if pins else engine, phase=phase))
         self.say(Sleep(model, order, level, mode, first))
 
     def stop(
@@ -220,8 +222,8 @@ class Draft:
     def prove(self, model: ModelId, proof: Proof) -> None:
         order = self._next_order()
         engine = self.engines[model]
-        pinned = engine.holds_pinned or proof is Proof.FREEZE
-        self.put(replace(engine, phase=Proving(order, self.now, proof), holds_pinned=pinned))
+        engine = _pins(engine) if proof is Proof.FREEZE else engine
+        self.put(replace(engine, phase=Proving(order, self.now, proof)))
         self.say(Prove(model, order, proof))
 
     def watch(self, model: ModelId) -> None:
@@ -270,6 +272,10 @@ class Draft:
 
     def drop_chores(self, model: ModelId) -> None:
         self.chores = [chore for chore in self.chores if chore.model != model]
+
+
+def _pins(engine: Engine) -> Engine:
+    return replace(engine, holds_pinned=True, pins_unsure=False)
 
 
 def in_flight(phase: Phase) -> bool:

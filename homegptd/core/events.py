@@ -125,6 +125,8 @@ class Found:
 
     traits: Traits | None = None
     held: Held | None = None
+    pinned: bool | None = None
+    """Whether it has slept at level 1, as an earlier life wrote down; None: no note was left."""
 
 
 @dataclass(frozen=True, slots=True)

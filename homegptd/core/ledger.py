@@ -122,7 +122,7 @@ def ram_allows(
 ) -> bool:
     """Whether host RAM has room at this moment for `model` to be put to sleep at `level`."""
     engine = engines[model]
-    if asleep(engine, level)[HOST] <= charge(engine)[HOST]:
+    if not engine.pins_unsure and asleep(engine, level)[HOST] <= charge(engine)[HOST]:
         return True  # it takes no more than it has
     others = sum(charge(engine)[HOST] for name, engine in engines.items() if name != model)
     return others + asleep(engine, level)[HOST] <= limit[HOST]

@@ -35,8 +35,9 @@ def rests_at(
     engines: Mapping[ModelId, Engine], model: ModelId, level: SleepLevel, limit: Books
 ) -> bool:
     """Whether host RAM has room for `model` asleep at `level` once all orders have ended."""
-    need = ledger.asleep(engines[model], level)[ledger.HOST]
-    if need <= ledger.charge(engines[model])[ledger.HOST]:
+    engine = engines[model]
+    need = ledger.asleep(engine, level)[ledger.HOST]
+    if not engine.pins_unsure and need <= ledger.charge(engine)[ledger.HOST]:
         return True  # it takes no more than it has
     others = sum(
         ledger.eventual(engine)[ledger.HOST] for name, engine in engines.items() if name != model

@@ -288,6 +288,9 @@ class Engine:
     """Raised by each start and adoption; news of an older one is dropped."""
     holds_pinned: bool = False
     """Has slept at level 1 in this incarnation: its pinned host RAM stays until it ends."""
+    pins_unsure: bool = False
+    """It was found running and only may have: it is charged for pinned RAM, and yet has to find
+    room for it before it sleeps at level 1."""
     failures: int = 0
     """In a row, since it last served somebody."""
     enabled: bool = True

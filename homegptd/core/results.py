@@ -58,11 +58,13 @@ def start_ended(d: Draft, event: StartEnded) -> None:
     adopted = isinstance(engine.phase, Starting) and engine.phase.adopts
     timed = engine if adopted else _timed(d, engine)
     phase = _found_phase(d, event.traits)
-    pinned = may_have_pinned(event.traits) if adopted else isinstance(phase, Asleep)
-    known = replace(figures.identified(timed, event.traits), holds_pinned=pinned)
+    known = figures.identified(timed, event.traits)
     if adopted:
+        noted = None if engine.pins_unsure else engine.holds_pinned
+        known = _with_pins(known, event.traits, noted)
         known = figures.adopted(known, event.after)
     else:
+        known = replace(known, holds_pinned=isinstance(phase, Asleep))
         known = figures.started(known, event.before, event.after)
     d.put(replace(known, phase=phase, up_since=d.now, no_room=None))
     _came_up(d, event.model)
@@ -200,7 +202,8 @@ def _adopt(d: Draft, engine: Engine, found: Found) -> None:
             d.start(name, adopts=True)
         else:
             d.stop(name)
-        d.put(replace(d.engines[name], holds_pinned=True))  # nobody knows
+        pins, unsure = found.pinned is not False, found.pinned is None
+        d.put(replace(d.engines[name], holds_pinned=pins, pins_unsure=unsure))
         return
     phase = _found_phase(d, found.traits)
     known = figures.identified(engine, found.traits)
@@ -209,16 +212,18 @@ def _adopt(d: Draft, engine: Engine, found: Found) -> None:
         phase=phase,
         incarnation=engine.incarnation + 1,
         up_since=d.now,
-        holds_pinned=may_have_pinned(found.traits),
         enabled=True,
     )
+    known = _with_pins(known, found.traits, found.pinned)
     d.put(figures.adopted(known, found.held))
     d.watch(name)
 
 
-def may_have_pinned(traits: Traits) -> bool:
-    """Whether what was found may have slept at level 1 before: nobody else puts it to sleep."""
-    return SleepLevel.ONE in traits.levels or traits.asleep_level is SleepLevel.ONE
+def _with_pins(engine: Engine, traits: Traits, noted: bool | None) -> Engine:
+    """What was found may have slept at level 1 before: nobody else than we puts it to sleep."""
+    sure = traits.asleep_level is SleepLevel.ONE
+    pins = sure or (SleepLevel.ONE in traits.levels and noted is not False)
+    return replace(engine, holds_pinned=pins, pins_unsure=pins and not sure and noted is None)
 
 
 def _found_phase(d: Draft, traits: Traits) -> Asleep | Awake:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 from dataclasses import replace
 
 from homegptd.core.events import Found, Observed
@@ -20,16 +20,24 @@ OBSERVE_S = 30.0
 
 
 async def observe(
-    units: UnitsPort, engines: EnginesPort, identify: Identify, meter: MeterPort | None = None
+    units: UnitsPort,
+    engines: EnginesPort,
+    identify: Identify,
+    meter: MeterPort | None = None,
+    unpinned: Container[ModelId] | None = None,
 ) -> Observed:
-    """Ask every engine that runs what it is. One that does not answer (yet) has no traits."""
+    """Ask every engine that runs what it is. One that does not answer (yet) has no traits.
+
+    `unpinned`: those that have never slept at level 1, if an earlier life wrote it down.
+    """
     running = await units.observe()
     found: dict[ModelId, Found] = {}
 
     async def ask(model: ModelId) -> None:
         said = await _ask(engines, model, identify)
         held = await meter.held(model) if meter is not None and said.traits is not None else None
-        found[model] = replace(said, held=held)
+        pinned = None if unpinned is None else model not in unpinned
+        found[model] = replace(said, held=held, pinned=pinned)
 
     async with asyncio.TaskGroup() as group:
         for model in running:

@@ -1,7 +1,7 @@
 """Writes down what the machine learns by itself and must know again after a restart.
 
 Orders remember their own durations; this remembers the rest: how long drains took, whom the last
-wakes were for, and which GPUs are freed.
+wakes were for, which GPUs are freed, and which engines have pinned no host RAM yet.
 """
 
 import json
@@ -9,13 +9,14 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from homegptd.core.likely import KEPT
-from homegptd.core.model import Gpu, Lent, ModelId, State
+from homegptd.core.model import Down, Gpu, Lent, ModelId, State
 from homegptd.core.story import Line
 
 from .ports import StorePort
 
 FREED = "freed"
 WANTED = "wanted"
+UNPINNED = "unpinned"
 
 
 class Keeper:
@@ -33,6 +34,8 @@ class Keeper:
             self._store.remember_note(FREED, json.dumps(lent))
         if state.wanted is not before.wanted and state.wanted != before.wanted:
             self._store.remember_note(WANTED, json.dumps(list(state.wanted)))
+        if (unpinned := _unpinned(state)) != _unpinned(before):
+            self._store.remember_note(UNPINNED, json.dumps(unpinned))
         for name, engine in state.engines.items():
             old = before.engines.get(name)
             took = engine.took.get("drain", ())
@@ -54,6 +57,22 @@ def recall(store: StorePort, state: State) -> State:
     names = _list(store.note(WANTED))
     wanted = tuple(ModelId(name) for name in names if isinstance(name, str))[-KEPT:]
     return replace(state, freed=freed, wanted=wanted)
+
+
+def unpinned(store: StorePort) -> frozenset[ModelId] | None:
+    """Engines that had never slept at level 1 when the last life ended; None: nothing is known."""
+    names = _read(store.note(UNPINNED))
+    if not isinstance(names, list):
+        return None
+    return frozenset(ModelId(name) for name in names if isinstance(name, str))
+
+
+def _unpinned(state: State) -> list[ModelId]:
+    return [
+        name
+        for name, engine in state.engines.items()
+        if not engine.holds_pinned and not isinstance(engine.phase, Down)
+    ]
 
 
 def _object(text: str | None) -> dict[str, object]:

@@ -338,6 +338,33 @@ def test_an_adopted_engine_holds_pinned_ram_only_if_it_can_sleep_at_level_1() ->
         assert mute.engine("a").holds_pinned is (ONE in levels)
 
 
+def test_an_engine_that_is_known_to_have_pinned_nothing_is_adopted_as_such() -> None:
+    assert not life(spec("a"), a=Found(TRAITS, pinned=False)).engine("a").holds_pinned
+    mute = life(spec("a"), a=Found(None, pinned=False))
+    assert not mute.engine("a").holds_pinned
+    mute.done("a", traits=TRAITS)
+    assert mute.phase("a").first
+
+
+def test_an_engine_found_asleep_at_level_1_has_pinned_its_weights_whatever_was_noted() -> None:
+    adopted = life(spec("a"), a=Found(SLEEPS, pinned=False)).engine("a")
+    assert (adopted.holds_pinned, adopted.pins_unsure) == (True, False)
+
+
+def test_pinned_ram_that_is_only_assumed_is_no_room_to_pin_it() -> None:
+    """Of two found awake only one can have pinned its weights: no sleep may count on either."""
+    traits = replace(TRAITS, levels=frozenset({ONE}))
+    fresh = {"traits": traits, "sleep_after_s": 60.0, "pinned_mib": 50 * GB, "awake_mib": 20 * GB}
+    unsure = awake(pins_unsure=True, **fresh)
+    run = Run(box(ram=100, a=unsure, b=unsure))
+    run.wait(100.0)
+    assert not run.orders
+    run = Run(box(ram=100, a=unsure, b=awake(holds_pinned=False, **fresh)))
+    run.wait(100.0)
+    assert list(run.orders) == ["a"]
+    assert not run.engine("a").pins_unsure
+
+
 def test_a_start_that_adopts_says_nothing_about_how_long_a_start_takes() -> None:
     run = life(spec("a"), a=Found(None))
     run.done("a", after=0.3)

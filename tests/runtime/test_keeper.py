@@ -6,8 +6,9 @@ import pytest
 
 from homegptd.core.events import OperationAsked, TicketClosed
 from homegptd.core.likely import KEPT
+from homegptd.core.machine import initial
 from homegptd.core.model import Act, Gpu, Lent, ModelId, Operation, OperationId, Policy, TicketId
-from homegptd.runtime.keeper import FREED, WANTED, Keeper, recall
+from homegptd.runtime.keeper import FREED, WANTED, Keeper, recall, unpinned
 from tests.core.builders import Run, asleep, awake, box
 from tests.runtime.small import SmallStore
 
@@ -39,6 +40,25 @@ def test_drains_and_the_last_wakes_are_remembered() -> None:
     keeper.tell(run.state, ())
     assert store.took == [(A, "drain", 3.0)]
     assert recall(store, box(a=awake(), b=asleep())).wanted == (B,)
+
+
+def test_who_has_pinned_nothing_yet_is_remembered() -> None:
+    store = SmallStore()
+    run = Run(box(a=awake(holds_pinned=False), b=asleep()))
+    keeper = Keeper(store, initial((), Policy(), {}, 0))
+    assert unpinned(store) is None
+    keeper.tell(run.state, ())
+    assert unpinned(store) == {A}
+    run.ask(Act.SLEEP, "a")
+    keeper.tell(run.state, ())  # before the order is out
+    assert unpinned(store) == set()
+    run.done("a")
+    run.ask(Act.STOP, "a")
+    run.done("a")
+    run.ask(Act.WAKE, "a")
+    run.done("a")
+    keeper.tell(run.state, ())
+    assert unpinned(store) == {A}
 
 
 @pytest.mark.parametrize("note", ["", "nonsense", "[]", "{}", "3", '{"x": 1, "9": {}, "0": 3}'])

@@ -189,7 +189,9 @@ class Judge:
                 self.violated(f"{name} ran, and is stopped by the bootstrap: {engine.phase}")
 
     def _has_to_go(self, state: State, engine: Engine) -> bool:
-        return engine.renew or engine.retiring or bool(state.waiting)
+        lent = not state.freed.keys().isdisjoint(engine.spec.gpus)
+        stays = engine.traits is None or bool(engine.traits.levels)
+        return engine.renew or engine.retiring or bool(state.waiting) or (lent and not stays)
 
     # ------------------------------------------------------------ its commands
 

@@ -28,7 +28,7 @@ from homegptd.core.model import (
 from homegptd.core.story import Line, summary
 from homegptd.runtime.bootstrap import observe
 from homegptd.runtime.heartbeat import Heartbeat
-from homegptd.runtime.keeper import Keeper, recall
+from homegptd.runtime.keeper import Keeper, recall, unpinned
 from homegptd.runtime.measuring import watch
 from homegptd.runtime.orders import Limits, Orders
 from homegptd.sim.physics import Box
@@ -278,6 +278,7 @@ class Town:
                         Engines(self.machines),
                         orders.identify,
                         Meter(self.machines),
+                        unpinned(self.store),
                     )
                 )
                 limit_s = self._boot_bound_s(scheduler.state)
