@@ -1,7 +1,8 @@
 """Microseconds per event of `step`: 8 engines, 100 leases, 100 waiting. `python bench/step.py`."""
 
 import time
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from homegptd.core.events import Event, Found, Observed, RequestArrived, TicketClosed, TimePassed
 from homegptd.core.machine import initial, step

@@ -4,9 +4,10 @@ import fcntl
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from msgspec.structs import replace
 
 from homegptd.adapters.store import Store
 from homegptd.adapters.vllm import VllmEngine

@@ -5,17 +5,17 @@ Part of `model`, from where others import these.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from .model import Gpu, ModelId, OperationId, SleepLevel, TicketId
     from .refusals import Refusal
 
 
-@dataclass(frozen=True, slots=True)
-class Ticket:
+class Ticket(Struct, frozen=True):
     """One client request, from arrival to end."""
 
     id: TicketId
@@ -51,8 +51,7 @@ class Act(Enum):
         return self in (Act.FREE, Act.RECLAIM)
 
 
-@dataclass(frozen=True, slots=True)
-class Operation:
+class Operation(Struct, frozen=True):
     """A long act with an id and a caller."""
 
     id: OperationId
@@ -74,8 +73,7 @@ class Operation:
     """FREE and RECLAIM; empty: all."""
 
 
-@dataclass(frozen=True, slots=True)
-class Chore:
+class Chore(Struct, frozen=True):
     """Work the box gives itself: the rest of the bootstrap, and what a failure left undone."""
 
     act: Act
@@ -86,8 +84,7 @@ class Chore:
     """Displaces idle engines only, and is dropped rather than waited for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(Struct, frozen=True):
     """How an operation ended; `refusal` is None if it did what was asked."""
 
     operation: Operation

@@ -1,28 +1,25 @@
 """What to do. Imperative; the runtime carries them out and answers with events."""
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from .model import Ended, ModelId, OrderId, Proof, SleepLevel, SleepMode, TicketId
 from .refusals import Refusal
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(Struct, frozen=True):
     model: ModelId
     order: OrderId
     incarnation: int
 
 
-@dataclass(frozen=True, slots=True)
-class Wake:
+class Wake(Struct, frozen=True):
     model: ModelId
     order: OrderId
     level: SleepLevel
     frozen: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Sleep:
+class Sleep(Struct, frozen=True):
     model: ModelId
     order: OrderId
     level: SleepLevel
@@ -31,50 +28,43 @@ class Sleep:
     """Pins its host RAM, and so takes longer than later ones."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(Struct, frozen=True):
     """Replaces whatever order the engine still has."""
 
     model: ModelId
     order: OrderId
 
 
-@dataclass(frozen=True, slots=True)
-class Prove:
+class Prove(Struct, frozen=True):
     model: ModelId
     order: OrderId
     proof: Proof
 
 
-@dataclass(frozen=True, slots=True)
-class Watch:
+class Watch(Struct, frozen=True):
     """Tell when this incarnation ends or hangs."""
 
     model: ModelId
     incarnation: int
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
+class Probe(Struct, frozen=True):
     """Have this incarnation say a word now; if it cannot, it is lost."""
 
     model: ModelId
     incarnation: int
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(Struct, frozen=True):
     ticket: TicketId
 
 
-@dataclass(frozen=True, slots=True)
-class Refuse:
+class Refuse(Struct, frozen=True):
     ticket: TicketId
     refusal: Refusal
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
+class Cut(Struct, frozen=True):
     """End this answer now, honestly. Its lease still ends by `TicketClosed`; until then it may be
     cut again, which means nothing more."""
 
@@ -82,8 +72,7 @@ class Cut:
     refusal: Refusal
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
+class Finish(Struct, frozen=True):
     ended: Ended
 
 

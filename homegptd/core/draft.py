@@ -1,7 +1,9 @@
 """The next state while one step writes it: private to `step`, frozen before anybody sees it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from . import durations
 from .commands import (
@@ -47,8 +49,7 @@ from .model import (
 from .refusals import Reason, Refusal
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(Struct, frozen=True):
     """What one step came to. Call again at `wake_at`, or with the next event before."""
 
     state: State

@@ -1,6 +1,7 @@
 """The end of answers before a sleep: waited for, frozen, or honestly cut."""
 
-from dataclasses import dataclass, replace
+from msgspec import Struct
+from msgspec.structs import replace
 
 from . import ledger
 from .draft import Draft
@@ -27,8 +28,7 @@ CUT_GRACE_S = 5.0
 """How long leases that were told to end may take, in seconds, before vLLM aborts them for us."""
 
 
-@dataclass(frozen=True, slots=True)
-class Resting:
+class Resting(Struct, frozen=True):
     """Somebody wants this engine gone: `level` is how it sleeps, None stops it."""
 
     level: SleepLevel | None

@@ -5,8 +5,10 @@ The first sleep at level 1 is an act of its own, since it pins the memory that l
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from math import sqrt
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from .model import (
     Draining,
@@ -32,8 +34,7 @@ _DISK = 2.0 * _GIB
 """MiB/s of a checkpoint read from an SSD or from the page cache."""
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(Struct, frozen=True):
     """A forecast in seconds: one in ten is shorter than `low_s`, one longer than `high_s`."""
 
     low_s: float = 0.0

@@ -1,7 +1,8 @@
 """What happened. Past tense; each is legal in every state."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from .memory import Held, Seen
 from .model import (
@@ -21,13 +22,11 @@ from .model import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class RequestArrived:
+class RequestArrived(Struct, frozen=True):
     ticket: Ticket
 
 
-@dataclass(frozen=True, slots=True)
-class TicketClosed:
+class TicketClosed(Struct, frozen=True):
     """The one end of a ticket, wherever it was: waiting, granted or unknown."""
 
     ticket: TicketId
@@ -35,18 +34,15 @@ class TicketClosed:
     """Its engine gave a whole answer."""
 
 
-@dataclass(frozen=True, slots=True)
-class OperationAsked:
+class OperationAsked(Struct, frozen=True):
     operation: Operation
 
 
-@dataclass(frozen=True, slots=True)
-class CancelAsked:
+class CancelAsked(Struct, frozen=True):
     operation: OperationId
 
 
-@dataclass(frozen=True, slots=True)
-class StartEnded:
+class StartEnded(Struct, frozen=True):
     model: ModelId
     order: OrderId
     traits: Traits | None = None
@@ -58,8 +54,7 @@ class StartEnded:
     """Nothing was begun: this is what was seen of the memory, and it did not suffice."""
 
 
-@dataclass(frozen=True, slots=True)
-class WakeEnded:
+class WakeEnded(Struct, frozen=True):
     """`before`, `after` and `crowded` as for a start."""
 
     model: ModelId
@@ -70,8 +65,7 @@ class WakeEnded:
     crowded: Seen | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class SleepEnded:
+class SleepEnded(Struct, frozen=True):
     model: ModelId
     order: OrderId
     failure: Failure | None = None
@@ -79,15 +73,13 @@ class SleepEnded:
     after: Held | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class StopEnded:
+class StopEnded(Struct, frozen=True):
     model: ModelId
     order: OrderId
     failure: Failure | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ProveEnded:
+class ProveEnded(Struct, frozen=True):
     """`holds` is the verdict; `failure` means there is none and the engine is suspect."""
 
     model: ModelId
@@ -100,8 +92,7 @@ class ProveEnded:
     """What it holds when it is awake again."""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineDied:
+class EngineDied(Struct, frozen=True):
     """Nobody ordered it: the process is gone, or it hangs and does not answer any more."""
 
     model: ModelId
@@ -110,8 +101,7 @@ class EngineDied:
     exit: Exit | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class EngineSilent:
+class EngineSilent(Struct, frozen=True):
     """An answer was waited for in vain, and nobody else heard anything of the engine meanwhile."""
 
     model: ModelId
@@ -119,8 +109,7 @@ class EngineSilent:
     silent_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(Struct, frozen=True):
     """An engine that ran before we did. `traits` is None if it does not answer yet."""
 
     traits: Traits | None = None
@@ -129,23 +118,20 @@ class Found:
     """Whether it has slept at level 1, as an earlier life wrote down; None: no note was left."""
 
 
-@dataclass(frozen=True, slots=True)
-class Observed:
+class Observed(Struct, frozen=True):
     """The first event of a life: what runs already. What is missing becomes the bootstrap."""
 
     found: Mapping[ModelId, Found] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class ConfigChanged:
+class ConfigChanged(Struct, frozen=True):
     specs: tuple[EngineSpec, ...]
     policy: Policy
     gpus: Mapping[Gpu, int]
     host_mib: int
 
 
-@dataclass(frozen=True, slots=True)
-class MemorySeen:
+class MemorySeen(Struct, frozen=True):
     """Somebody looked at the cards and at the host's RAM, and it was not what it had been."""
 
     missing: Mapping[Gpu, int]
@@ -155,13 +141,11 @@ class MemorySeen:
     pressure: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class ShutdownAsked:
+class ShutdownAsked(Struct, frozen=True):
     pass
 
 
-@dataclass(frozen=True, slots=True)
-class TimePassed:
+class TimePassed(Struct, frozen=True):
     """The instant that the last outcome asked for has come."""
 
 

@@ -5,8 +5,9 @@ each smaller measurement. It wins over what was given, unless what was given is 
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from .memory import HOST, Figure, Figures, Gpu, Held, Kind, Learnt, Source
 from .model import Engine, EngineSpec, Traits

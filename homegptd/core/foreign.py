@@ -5,7 +5,8 @@ more than its figures. Either way it is not there for a wake, so it is charged a
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from . import figures, ledger
 from .draft import Draft

@@ -5,8 +5,9 @@ cannot sleep. It stays so over restarts, until an operator reclaims the GPU.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from functools import partial
+
+from msgspec.structs import replace
 
 from . import ledger
 from .draft import Draft

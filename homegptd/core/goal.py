@@ -1,7 +1,8 @@
 """One goal: what is to be reached, for whom, and whom it may displace for that."""
 
-from dataclasses import dataclass
 from enum import Enum
+
+from msgspec import Struct
 
 from . import levels, plans
 from .draft import Draft
@@ -32,8 +33,7 @@ class Reach(Enum):
     PROVEN = "proven"
 
 
-@dataclass(frozen=True, slots=True)
-class Goal:
+class Goal(Struct, frozen=True):
     reach: Reach
     model: ModelId
     since: float

@@ -4,7 +4,7 @@ An order that goes well ends first: it takes a moment more, and breaking it off 
 that is loaded.
 """
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from . import durations, results
 from .draft import Draft

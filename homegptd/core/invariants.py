@@ -1,7 +1,8 @@
 """What must hold in every state. Tests call it after each step; a debug setting can, too."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from . import ledger
 from .draft import in_flight

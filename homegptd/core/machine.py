@@ -4,8 +4,9 @@
 After each event the machine pursues its goals until nothing more can be done now.
 """
 
-from dataclasses import replace
 from typing import assert_never
+
+from msgspec.structs import replace
 
 from . import figures, foreign, freeing, results
 from .draft import Draft, Outcome

@@ -4,9 +4,10 @@ All amounts are MiB. A place is a GPU, or `HOST`: the host's RAM.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import NewType
+
+from msgspec import Struct, field
 
 Gpu = NewType("Gpu", int)
 
@@ -37,8 +38,7 @@ class Kind(Enum):
     """Host RAM of the processes beside that."""
 
 
-@dataclass(frozen=True, slots=True)
-class Figure:
+class Figure(Struct, frozen=True):
     """An amount, where it comes from, and what is charged on top to be safe."""
 
     mib: int
@@ -56,8 +56,7 @@ Figures = Mapping[tuple[Kind, Gpu], Figure]
 """By kind and place; PINNED and HOST are at `HOST`, the others on each GPU of an engine."""
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(Struct, frozen=True):
     """What one engine was seen to hold at one instant."""
 
     at: float
@@ -69,8 +68,7 @@ class Held:
     """Free at that instant on each GPU of the box, and of the host's RAM at `HOST`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Learnt:
+class Learnt(Struct, frozen=True):
     """What measurements taught about one engine."""
 
     figures: Figures = field(default_factory=dict)
@@ -83,8 +81,7 @@ class Learnt:
     """Sleeps in a row that gave too little back."""
 
 
-@dataclass(frozen=True, slots=True)
-class Card:
+class Card(Struct, frozen=True):
     """One GPU as its driver tells it; `total_mib` is what programs can have of it."""
 
     name: str
@@ -96,8 +93,7 @@ class Card:
         return self.total_mib - self.used_mib
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
+class Seen(Struct, frozen=True):
     """The memory of the box at one instant."""
 
     cards: Mapping[Gpu, Card]
@@ -114,8 +110,7 @@ class Seen:
         return free if self.available_mib is None else {**free, HOST: self.available_mib}
 
 
-@dataclass(frozen=True, slots=True)
-class Foreign:
+class Foreign(Struct, frozen=True):
     """What nobody on the books holds, and yet it is not free."""
 
     mib: int

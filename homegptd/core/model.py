@@ -5,9 +5,10 @@ in `_s`; memory is MiB and ends in `_mib`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import NewType
+
+from msgspec import Struct, field
 
 from .asks import Act as Act
 from .asks import Chore as Chore
@@ -62,16 +63,14 @@ class OnDeadline(Enum):
     CUT = "cut"
 
 
-@dataclass(frozen=True, slots=True)
-class Exit:
+class Exit(Struct, frozen=True):
     """How an engine ended. `code` is negative for a signal, None where nobody knows."""
 
     code: int | None
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
-class Running:
+class Running(Struct, frozen=True):
     """An engine found running: enough to tell this incarnation from a later one."""
 
     pid: int
@@ -79,8 +78,7 @@ class Running:
     """Unix seconds."""
 
 
-@dataclass(frozen=True, slots=True)
-class Traits:
+class Traits(Struct, frozen=True):
     """What a running engine said and proved about itself."""
 
     version: str
@@ -101,8 +99,7 @@ class Traits:
 # ---------------------------------------------------------------- what is given
 
 
-@dataclass(frozen=True, slots=True)
-class EngineSpec:
+class EngineSpec(Struct, frozen=True):
     """What the configuration says about one model and its engine."""
 
     model: ModelId
@@ -132,8 +129,7 @@ class EngineSpec:
     """Of everything that needs a restart of the engine when it changes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(Struct, frozen=True):
     """How the box is shared. None means: derived from what a switch takes here."""
 
     default: ModelId | None = None
@@ -164,8 +160,7 @@ class Policy:
 # ---------------------------------------------------------------- phases of an engine
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class Failure(Struct, frozen=True):
     """Why an engine is not up, in words for the person who must act."""
 
     message: str
@@ -173,8 +168,7 @@ class Failure:
     lasting: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Down:
+class Down(Struct, frozen=True):
     """Nothing runs. After a failure not started before `retry_at`; if None, only by hand."""
 
     since: float
@@ -182,16 +176,14 @@ class Down:
     retry_at: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Starting:
+class Starting(Struct, frozen=True):
     order: OrderId
     since: float
     adopts: bool = False
     """It was found running and does not answer yet."""
 
 
-@dataclass(frozen=True, slots=True)
-class Asleep:
+class Asleep(Struct, frozen=True):
     """`frozen` answers are held inside the engine until `frozen_until`, then cut."""
 
     level: SleepLevel
@@ -200,16 +192,14 @@ class Asleep:
     frozen_until: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Waking:
+class Waking(Struct, frozen=True):
     order: OrderId
     since: float
     level: SleepLevel
     frozen: frozenset[TicketId] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Awake:
+class Awake(Struct, frozen=True):
     """Grants every ticket that names it. Not displaced before `held_until`, idle or not."""
 
     since: float
@@ -218,8 +208,7 @@ class Awake:
     held_until: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Draining:
+class Draining(Struct, frozen=True):
     """No new grants. Rests when the leases end; `until` is when patience with them ends.
 
     `awake` is what it goes back to if nobody wants it gone any more. `cut_at` is set once the
@@ -239,8 +228,7 @@ class Draining:
     """Its answers outlived `until`, and may neither be frozen nor cut yet."""
 
 
-@dataclass(frozen=True, slots=True)
-class FallingAsleep:
+class FallingAsleep(Struct, frozen=True):
     order: OrderId
     since: float
     level: SleepLevel
@@ -250,15 +238,13 @@ class FallingAsleep:
     """Pins its host RAM, and so takes longer than later ones."""
 
 
-@dataclass(frozen=True, slots=True)
-class Proving:
+class Proving(Struct, frozen=True):
     order: OrderId
     since: float
     proof: Proof
 
 
-@dataclass(frozen=True, slots=True)
-class Stopping:
+class Stopping(Struct, frozen=True):
     """Until nothing of it is left. `order` is None between two tries: the last one failed."""
 
     order: OrderId | None
@@ -276,8 +262,7 @@ class Stopping:
 Phase = Down | Starting | Asleep | Waking | Awake | Draining | FallingAsleep | Proving | Stopping
 
 
-@dataclass(frozen=True, slots=True)
-class Engine:
+class Engine(Struct, frozen=True):
     """One vLLM server under our care."""
 
     spec: EngineSpec
@@ -315,8 +300,7 @@ class Engine:
     """Why it can never come up beside what is pinned, since it was last tried."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lent:
+class Lent(Struct, frozen=True):
     """A GPU that an operator freed for something else than models."""
 
     by: str
@@ -324,8 +308,7 @@ class Lent:
     """What was awake there; it is woken when the GPU is reclaimed."""
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(Struct, frozen=True):
     """Everything the machine knows. Never changed: `step` makes the next one."""
 
     engines: Mapping[ModelId, Engine] = field(default_factory=dict)

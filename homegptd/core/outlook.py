@@ -1,7 +1,8 @@
 """When a model is worth asking for again, and what goes on until then, for those who wait."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from .forecast import ahead, eta, wait_s
 from .model import (
@@ -35,8 +36,7 @@ _ORDERED: dict[type, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Outlook:
+class Outlook(Struct, frozen=True):
     """`doing` is what goes on now, for a person; `at` the instant of being awake."""
 
     doing: str

@@ -1,7 +1,8 @@
 """Steps to a goal: the cheapest set of sleeps and stops that makes room, and what it will take."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from . import drains, durations, ledger, sums
 from .ledger import Books
@@ -108,8 +109,7 @@ def running(engine: Engine) -> frozenset[TicketId]:
 # ---------------------------------------------------------------- plans
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(Struct, frozen=True):
     """One step of a plan; `do` is drain, sleep, stop, start or wake.
 
     `expected_s` is None where nobody can know: answers end when they end. `why` says the bounds.
@@ -121,8 +121,7 @@ class Step:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Struct, frozen=True):
     model: ModelId
     steps: tuple[Step, ...]
     fits: bool = True

@@ -4,7 +4,9 @@ A goal claims the GPUs it needs until it is reached; a later goal keeps off them
 different GPUs go on side by side and those on the same GPU one after the other.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
 
 from . import foreign, ledger, plans, results, sums
 from .admission import turn_away

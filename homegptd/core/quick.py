@@ -5,14 +5,14 @@ What comes out is what `step` would make of the event; only what the box does by
 models, proofs) is left for the next call, which is asked for shortly.
 """
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from .commands import Grant
 from .draft import Outcome
 from .events import Event, RequestArrived, TicketClosed
 from .model import Asleep, Awake, Down, Engine, State, Ticket, TicketId
 
-LOOK_AGAIN_S = 0.05
+LOOK_AGAIN_S = 0.2
 """Until the box looks what to do by itself after the last answer of an engine, in seconds."""
 
 

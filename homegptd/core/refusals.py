@@ -1,7 +1,8 @@
 """Why a request or an operation is turned down, and the base of everything that can go wrong."""
 
-from dataclasses import dataclass
 from enum import Enum
+
+from msgspec import Struct
 
 
 class Reason(Enum):
@@ -22,8 +23,7 @@ class Reason(Enum):
     ENGINE_FAULT = "engine-fault"
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(Struct, frozen=True):
     """A policy's no: what, why, and when it is worth asking again.
 
     `retry_after_s` is None where no time can be named.

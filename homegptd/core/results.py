@@ -3,7 +3,7 @@
 A result counts only if it belongs to the order that the engine's phase is waiting for.
 """
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from . import durations, figures, foreign, likely
 from .commands import Probe

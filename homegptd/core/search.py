@@ -8,12 +8,13 @@ some milliseconds, where trying everything would take seconds.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from msgspec import Struct
+
 from .ledger import Books
 from .model import SleepLevel
 
 
-@dataclass(frozen=True, slots=True)
-class Way:
+class Way(Struct, frozen=True):
     """How an engine is treated: what that costs, and what the engine then holds."""
 
     cost: float

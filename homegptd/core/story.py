@@ -7,8 +7,9 @@ service goes on, error that an engine is out.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Literal, assert_never
+
+from msgspec import Struct, field
 
 from . import drains, story_memory
 from .commands import Cut, Finish, Refuse
@@ -55,8 +56,7 @@ DOING = {Proof.FREEZE: "freezing", Proof.RELOAD: "reloading"}
 """What a proof is about, in a sentence."""
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(Struct, frozen=True):
     """One line of the log. `kind` is a kebab-case word to filter by."""
 
     level: Level

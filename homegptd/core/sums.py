@@ -5,7 +5,8 @@ For example
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from . import ledger
 from .ledger import HOST, Books
@@ -14,8 +15,7 @@ from .model import Asleep, Awake, Down, Draining, Engine, FallingAsleep, Gpu, Mo
 from .refusals import Reason, Refusal
 
 
-@dataclass(frozen=True, slots=True)
-class _Term:
+class _Term(Struct, frozen=True):
     """What one engine holds at one place, and the word for it."""
 
     mib: int

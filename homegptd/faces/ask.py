@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from aiohttp import web
+from msgspec import Struct
 
 from homegptd.core.refusals import Refusal
 
@@ -14,8 +14,7 @@ from .bodies import Body
 from .errors import Shape
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(Struct, frozen=True):
     """Seconds. They do not run while the answer is frozen."""
 
     first_byte_s: float = 600.0
@@ -26,8 +25,7 @@ class Limits:
     """How long a client that reads slowly gets to read the end of an answer that failed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(Struct, frozen=True):
     """A request as the engine gets it. `headers` are lines that end in CRLF."""
 
     path: str

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from hmac import compare_digest
@@ -21,6 +21,7 @@ from . import errors
 from .errors import Denied
 
 Headers: TypeAlias = tuple[tuple[str, str], ...]
+_UNLIMITED = nullcontext()
 
 
 class Keyring:
@@ -73,21 +74,22 @@ class Client:
             return self.known
         return self.key.models is None or model in self.key.models
 
-    @contextmanager
-    def counted(self) -> Iterator[None]:
+    def counted(self) -> AbstractContextManager[None]:
         """For the length of a request. Raises: Denied (429) where its key has enough of them."""
-        key, running = self.key, self.running
-        if key is None or key.concurrency is None:
-            yield
-            return
-        if running[key.name] >= key.concurrency:
-            text = f'the key "{key.name}" may have {key.concurrency} requests under way, and has'
+        if self.key is None or self.key.concurrency is None:
+            return _UNLIMITED
+        return self._one_more(self.key.name, self.key.concurrency)
+
+    @contextmanager
+    def _one_more(self, name: str, most: int) -> Iterator[None]:
+        if self.running[name] >= most:
+            text = f'the key "{name}" may have {most} requests under way, and has'
             raise Denied(errors.of_reason("too-many-requests", text))
-        running[key.name] += 1
+        self.running[name] += 1
         try:
             yield
         finally:
-            running[key.name] -= 1
+            self.running[name] -= 1
 
 
 ANYBODY = Client()

@@ -95,7 +95,11 @@ class Door:
         try:
             entry, rest = self._find(request.raw_path.partition("?")[0])
             shape = entry.shape
-            return await self._answer(request, client, entry, rest)
+            if request.method == "OPTIONS":
+                allowed = self.guard.preflight(request, client)
+                if allowed is not None:
+                    return allowed
+            return await self._admitted(request, client, entry)(request, rest)
         except Denied as denied:
             problem = denied.problem
         except methods.Refused as refused:
@@ -107,17 +111,14 @@ class Door:
             problem = errors.of_reason("internal", "this is a defect; the log has the story")
         return errors.response(problem, shape)
 
-    async def _answer(
-        self, request: web.BaseRequest, client: Client, entry: Path, rest: str
-    ) -> web.StreamResponse:
+    def _admitted(self, request: web.BaseRequest, client: Client, entry: Path) -> Handler:
+        """Raises: Denied."""
         method = request.method
-        if method == "OPTIONS" and (allowed := self.guard.preflight(request, client)) is not None:
-            return allowed
         handler = entry.handlers.get("GET" if method == "HEAD" else method, entry.otherwise)
         if handler is None:
             raise Denied(_wrong_method(method, entry.handlers))
         self.guard.admit(request, client, entry.access)
-        return await handler(request, rest)
+        return handler
 
     def _find(self, path: str) -> tuple[Path, str]:
         """Raises: Denied."""
@@ -230,10 +231,10 @@ def _open_door(
 
 
 def _to_model(router: Router, route: Route) -> Handler:
-    async def handler(request: web.BaseRequest, rest: str) -> web.StreamResponse:
+    def handler(request: web.BaseRequest, rest: str) -> Awaitable[web.StreamResponse]:
         if request.method != route.method:  # HEAD, where GET is relayed
             raise Denied(_wrong_method(request.method, (route.method,)))
-        return await router.answer(request, route)
+        return router.answer(request, route)
 
     return handler
 

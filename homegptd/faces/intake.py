@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from functools import partial
 
 from aiohttp import HttpVersion11, web
+from msgspec import Struct
+from msgspec.structs import replace
 
 from homegptd.core.model import ModelId
 from homegptd.runtime.scheduler import Scheduler
@@ -27,8 +28,7 @@ _MAY_COUNT = frozenset({"/v1/chat/completions", "/v1/completions"})
 """Routes that know `stream_options.include_usage`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(Struct, frozen=True):
     """What a client asked, read and understood."""
 
     model: ModelId

@@ -10,9 +10,9 @@ than a parser; the engine checks the rest.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 import msgspec
+from msgspec import Struct
 
 from .bodies import Body, Text, edited, reading
 
@@ -30,8 +30,7 @@ _YES = frozenset({"1", "on", "t", "true", "y", "yes"})
 _SPACE = b" \t\r\n"
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
+class Wish(Struct, frozen=True):
     """What a body asks for. `model` is None where it names none."""
 
     model: str | None
@@ -65,9 +64,14 @@ _scalar = msgspec.json.Decoder()
 
 def read(body: Body) -> Wish:
     """The wish of a JSON body. Raises: NotUnderstood."""
-    with reading(body) as text:
-        found = (_scan(text) if len(text) > _SMALL else None) or _parse(text)
-    return _wish(found)
+    if isinstance(body, bytes):
+        return _wish(_found(body))
+    with body.text() as text:
+        return _wish(_found(text))
+
+
+def _found(text: Text) -> _Body:
+    return (_scan(text) if len(text) > _SMALL else None) or _parse(text)
 
 
 def with_model(body: Body, model: str) -> Body:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
 from aiohttp import web
+from msgspec.structs import replace
 
 from homegptd.core import outlook as outlooks
 from homegptd.core.model import Awake, Draining, ModelId, State
@@ -106,17 +107,10 @@ class Router:
 
     async def answer(self, request: web.BaseRequest, route: Route) -> web.StreamResponse:
         """The whole life of one request. Errors are answers here."""
-        record = Record(asking().name)
+        client = asking()
+        record = Record(client.name)
         try:
-            return await self._answer(request, route, record)
-        finally:
-            self.accounts.close(record)
-
-    async def _answer(
-        self, request: web.BaseRequest, route: Route, record: Record
-    ) -> web.StreamResponse:
-        try:
-            with asking().counted():
+            with client.counted():
                 if route.where is Where.SESSION:
                     return await realtime.answer(request, self._line(route))
                 await _client_reads(request)
@@ -125,7 +119,8 @@ class Router:
                     record.model = wanted.model
                     early = self._early(request, route, wanted)
                     if early is None:
-                        return await self._serve_when_up(request, wanted, record)
+                        serve = self._serve_when_up if wanted.unasked else self._serve
+                        return await serve(request, wanted, record)
                     wanted = replace(wanted, early=early)
                     return await self._serve_early(request, wanted, record, early)
         except Denied as denied:
@@ -138,6 +133,8 @@ class Router:
             if broken.begun:
                 return KEPT if broken.kept else CLOSED
             problem = broken.problem
+        finally:
+            self.accounts.close(record)
         return errors.response(problem, route.shape)
 
     def _line(self, route: Route) -> realtime.Line:
@@ -155,7 +152,7 @@ class Router:
     ) -> web.StreamResponse:
         """As `_serve`; once the early head is out, errors are events of the stream."""
         try:
-            return await self._serve_when_up(request, wanted, record)
+            return await self._serve(request, wanted, record)
         except Refused as refused:
             if not early.given:
                 raise
@@ -178,9 +175,7 @@ class Router:
     async def _serve_when_up(
         self, request: web.BaseRequest, wanted: Wanted, record: Record
     ) -> web.StreamResponse:
-        """Where it may bring its model up, at once; else while somebody else does."""
-        if not wanted.unasked:
-            return await self._serve(request, wanted, record)
+        """What brings no model up waits a while, in case somebody else does."""
         news, loop = asyncio.Event(), self._scheduler.loop
         until = loop.time() + wanted.grace_s
         with self._scheduler.watched(lambda lines: news.set()):
@@ -343,6 +338,8 @@ async def _client_reads(request: web.BaseRequest) -> None:
         await request.writer.drain()
 
 
-def _least(*limits: float | None) -> float | None:
-    """The strictest of limits of which None is none."""
-    return min((limit for limit in limits if limit is not None), default=None)
+def _least(one: float | None, other: float | None) -> float | None:
+    """The stricter of two limits, of which None is none."""
+    if one is None or other is None:
+        return other if one is None else one
+    return min(one, other)

@@ -40,9 +40,9 @@ class Server(web.Server):
         self._head_s = head_s
         self._silent: dict[RequestHandler, asyncio.Transport] = {}
 
-    async def _heard(self, request: web.BaseRequest) -> web.StreamResponse:
+    def _heard(self, request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
         self._silent.pop(request.protocol, None)
-        return await self._answer(request)
+        return self._answer(request)
 
     def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Protocol, TypeAlias, cast
 
 import httptools
+from msgspec import Struct
 
 from .bodies import Body, Spooled
 
@@ -27,8 +27,7 @@ _IDLE_PER_ENGINE = 64
 _ONE_WRITE = 64 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
+class Head(Struct, frozen=True):
     """The head of an answer. `length` is None where the answer is chunked, or says nothing."""
 
     status: int

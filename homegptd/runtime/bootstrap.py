@@ -3,7 +3,8 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Container
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from homegptd.core.events import Found, Observed
 from homegptd.core.model import ModelId, Traits

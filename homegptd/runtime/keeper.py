@@ -6,7 +6,8 @@ wakes were for, which GPUs are freed, and which engines have pinned no host RAM 
 
 import json
 from collections.abc import Iterable
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from homegptd.core.likely import KEPT
 from homegptd.core.model import Down, Gpu, Lent, ModelId, State

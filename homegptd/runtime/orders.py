@@ -3,8 +3,10 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import assert_never
+
+from msgspec.structs import replace
 
 from homegptd.core import durations
 from homegptd.core.commands import Order, Probe, Prove, Sleep, Start, Stop, Wake, Watch

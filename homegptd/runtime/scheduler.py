@@ -205,7 +205,7 @@ class Scheduler:
         short = quick(before, event, now)
         outcome = short or step(before, event, now)
         self._state = outcome.state
-        self._rearm(earliest(self._rings_at, outcome.wake_at) if short else outcome.wake_at)
+        self._rearm(_earlier(self._rings_at, outcome.wake_at) if short else outcome.wake_at)
         for command in outcome.commands:
             self._carry_out(command)
         if self._emptied is not None and not outcome.state.granted and not self._emptied.done():
@@ -377,8 +377,10 @@ class Scheduler:
             self._watchers.discard(watcher)
 
 
-def earliest(*instants: float | None) -> float | None:
-    return min((at for at in instants if at is not None), default=None)
+def _earlier(one: float | None, other: float | None) -> float | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return min(one, other)
 
 
 def _fields(line: Line) -> dict[str, object]:

@@ -1,7 +1,8 @@
 """States in few words: `box(a=awake(1), b=asleep())`, sizes in GB on one 80 GB card."""
 
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from homegptd.core.commands import Command, Finish, Order, Prove, Sleep, Start, Stop, Wake
 from homegptd.core.draft import Outcome
@@ -53,7 +54,7 @@ def spec(name: str, **given: Any) -> EngineSpec:
 
 def engine(phase: Phase, traits: Traits = TRAITS, **given: Any) -> Engine:
     """An engine in this phase; unknown words go to its spec."""
-    own = {k: given.pop(k) for k in list(given) if k in Engine.__slots__}
+    own = {k: given.pop(k) for k in list(given) if k in Engine.__struct_fields__}
     up = not isinstance(phase, Down)
     made = Engine(spec("?", **given), phase, traits if up else None, incarnation=int(up))
     return replace(made, **{"holds_pinned": up, **own})

@@ -1,8 +1,7 @@
 """The life of the whole box: bootstrap, adoption, reload and shutdown."""
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from homegptd.core.commands import Finish, Refuse, Start, Stop, Watch
 from homegptd.core.events import (

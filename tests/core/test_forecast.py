@@ -1,10 +1,9 @@
 """How long until a model is awake, and how sure that is."""
 
-from dataclasses import replace
-
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
+from msgspec.structs import replace
 
 from homegptd.core import durations, forecast
 from homegptd.core.durations import ZERO, Span

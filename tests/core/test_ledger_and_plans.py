@@ -1,8 +1,7 @@
 """The books, and the cheapest way to make room."""
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from homegptd.core import ledger, plans, sums
 from homegptd.core.model import (

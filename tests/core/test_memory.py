@@ -1,9 +1,9 @@
 """Figures with their source, sleeps that give too little back, leaks, and what others hold."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from homegptd.core import figures, foreign, ledger, plans
 from homegptd.core.commands import Refuse, Sleep, Start, Stop, Wake

@@ -1,8 +1,7 @@
 """What operators ask: six acts, their ends, and each other."""
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from homegptd.core.commands import Cut, Finish, Prove, Refuse, Sleep, Start, Stop, Wake
 from homegptd.core.events import CancelAsked, OperationAsked, TicketClosed

@@ -1,7 +1,8 @@
 """Results and failures of orders, drains, freezes and proofs."""
 
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from homegptd.core.commands import Cut, Grant, Probe, Prove, Sleep, Start, Stop, Wake, Watch
 from homegptd.core.events import (

@@ -1,8 +1,7 @@
 """When a model will probably be awake, in words and as one instant."""
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from homegptd.core.commands import Refuse
 from homegptd.core.forecast import wait_s

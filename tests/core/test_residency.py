@@ -1,8 +1,7 @@
 """Who stays, who goes, and where: likely next, idle, the default, and GPUs lent to others."""
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from homegptd.core import plans
 from homegptd.core.commands import Cut, Finish, Grant, Refuse, Sleep, Start, Stop, Wake

@@ -1,8 +1,7 @@
 """Log lines and the one-line summary. The transcripts show how the lines read in a row."""
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from homegptd.core.events import (
     CancelAsked,

@@ -1,8 +1,7 @@
 """Admission, patience and residency, and the end of a ticket wherever it is."""
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from homegptd.core.commands import Grant, Refuse, Sleep, Start, Wake
 from homegptd.core.events import CancelAsked, EngineDied, Observed, TicketClosed

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from homegptd.config.keys import Key, digest
 from homegptd.core.model import Awake, Draining, FallingAsleep, ModelId, OrderId, SleepLevel

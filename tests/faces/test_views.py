@@ -1,6 +1,6 @@
 """What a snapshot says of a model: why it is as it is, and until when."""
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from homegptd.core.model import Act, ModelId, OnDeadline, OrderId, Proof, Proving
 from homegptd.faces.views import model_view

@@ -1,10 +1,9 @@
 """Whatever happens in whatever order, the machine keeps its promises."""
 
-from dataclasses import replace
-
 import hypothesis.strategies as st
 from hypothesis import note
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from msgspec.structs import replace
 
 from homegptd.core.events import (
     CancelAsked,

@@ -1,11 +1,11 @@
 """As before, on a box that measures: what the configuration says of sizes is wrong, engines leak,
 and strangers come and go. Once an engine is measured, no card runs out of memory any more."""
 
-from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
 from hypothesis.stateful import precondition, rule
+from msgspec.structs import replace
 
 from homegptd.core import foreign
 from homegptd.core.events import (

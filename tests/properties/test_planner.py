@@ -1,10 +1,10 @@
 """`make_room` beside brute force: feasible, complete and cheapest, on every small fleet."""
 
-from dataclasses import replace
 from itertools import product
 
 import hypothesis.strategies as st
 from hypothesis import given, settings
+from msgspec.structs import replace
 
 from homegptd.core import ledger, levels, plans
 from homegptd.core.durations import takes

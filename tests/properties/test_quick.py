@@ -1,9 +1,8 @@
 """The short way of a step comes to the same as the long one."""
 
-from dataclasses import replace
-
 import hypothesis.strategies as st
 from hypothesis import assume, given
+from msgspec.structs import replace
 
 from homegptd.core.events import RequestArrived, TicketClosed, TimePassed
 from homegptd.core.machine import step

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from homegptd.core import invariants
 from homegptd.core.commands import (
     Command,
@@ -211,9 +213,7 @@ class Box:
     def arrive(self, model: ModelId, **wishes: object) -> TicketId:
         self.numbers += 1
         ticket = Ticket(TicketId(self.numbers), model, self.now, self.now + 10_000.0)
-        for name, value in wishes.items():
-            object.__setattr__(ticket, name, value)
-        self.feed(RequestArrived(ticket))
+        self.feed(RequestArrived(replace(ticket, **wishes)))
         return ticket.id
 
     def close(self, ticket: TicketId, *, served: bool = True) -> None:

@@ -1,8 +1,7 @@
 """What the machine learns by itself is there again in the next life."""
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from homegptd.core.events import OperationAsked, TicketClosed
 from homegptd.core.likely import KEPT

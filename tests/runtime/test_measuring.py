@@ -2,9 +2,9 @@
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from homegptd.core.events import MemorySeen, SleepEnded, StartEnded, WakeEnded
 from homegptd.core.memory import HOST, Card, Gpu, Held, Kind, Seen, Source

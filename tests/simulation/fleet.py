@@ -1,7 +1,10 @@
 """One random box, drawn from a seed: cards, RAM, models, policy, and how wild it gets."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from homegptd.core.memory import Kind
 from homegptd.core.model import (
@@ -19,8 +22,7 @@ NAMES = ("ada", "bo", "cy", "dee", "eve", "fay", "gil", "hal", "ivy", "jo", "kit
 START_LIMIT_S = 400.0
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
+class Model(Struct, frozen=True):
     """What the configuration says of a model, what is true of it, and how it is used."""
 
     spec: EngineSpec
