@@ -152,6 +152,10 @@ class Processes:
             detail = f"{detail}: {words[-1].strip()[:300]}"
         return Exit(engine.code, f"{detail}; {left}" if left else detail)
 
+    def image(self, model: ModelId) -> str:
+        """A plain process comes from none."""
+        return ""
+
     async def log_tail(self, model: ModelId, lines: int) -> Sequence[str]:
         """The newest lines, oldest first; reads at most 256 KiB from the file's end."""
         launch = self._launches.get(model)

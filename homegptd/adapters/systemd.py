@@ -20,7 +20,7 @@ from homegptd.core.refusals import Fault
 
 from .dbus import BusError
 from .journal_tail import newest_lines
-from .systemd_manager import SYSTEMD, End, Manager, NoSystemd, Unit
+from .systemd_manager import SYSTEMD, Manager, NoSystemd, Unit, exit_of
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +34,8 @@ _CANNOT_RUN = {
 """podman-run(1), "Exit Status": a configuration fault, the next try would end the same way."""
 _BEFORE_THE_ENGINE = ("podman", "install", "rm", "sh")
 """Programs of a unit whose words are about its start; conmon's are the engine's own."""
-_ENDED_BY_SYSTEMD = {
-    "oom-kill": "was killed: the host ran out of memory",
-    "timeout": "was killed by systemd: it took too long",
-    "watchdog": "was killed by systemd's watchdog",
-}
+_LONGEST_NOTE = 200
+"""Characters; a sha256 has 71."""
 _DENIED = {
     "org.freedesktop.DBus.Error.AccessDenied",
     "org.freedesktop.DBus.Error.InteractiveAuthorizationRequired",
@@ -55,6 +52,8 @@ class EngineUnit:
     """With its suffix: `vllm-coder.service`."""
     socket: Path | None = None
     """Where the engine will listen; a stale one is removed before a start, if we may."""
+    image_note: Path | None = None
+    """Where root writes down the digest of its image, just before each start."""
 
 
 class SystemdUnits:
@@ -150,7 +149,7 @@ class SystemdUnits:
         """
         unit = await self._seen(model)
         if not unit.up:
-            return _exit(unit.end()) if unit.code else Exit(None, "was not running")
+            return exit_of(unit.end()) if unit.code else Exit(None, "was not running")
         ends = unit.ends
         while unit.ends == ends:
             news = unit.news
@@ -158,7 +157,11 @@ class SystemdUnits:
                 await self._seen(model)
             else:
                 await news.wait()
-        return _exit(unit.last or unit.end())
+        return exit_of(unit.last or unit.end())
+
+    def image(self, model: ModelId) -> str:
+        unit = self._unit_of(model)
+        return "" if unit is None or unit.image_note is None else _noted(unit.image_note)
 
     async def log_tail(self, model: ModelId, lines: int) -> Sequence[str]:
         """From the journal where we may read it, else none; a process, so not for every day."""
@@ -252,7 +255,7 @@ class SystemdUnits:
         said = f": {words}" if words else ""
         if why is not None:
             return Fault(f"{text}{why} (exit {end.status}){said}", hint=hint, lasting=True)
-        return Fault(f"{text}{name} {_exit(end).detail}{said}", hint=hint)
+        return Fault(f"{text}{name} {exit_of(end).detail}{said}", hint=hint)
 
     async def _last_words(self, unit: Unit) -> str:
         """What podman, or a command before it, said in this try; "" where we may not read it."""
@@ -341,31 +344,6 @@ class SystemdUnits:
         return int(await self._manager.get(unit.path, "Unit", name)) / 1e6
 
 
-def _exit(end: End) -> Exit:
-    """conmon exits as a shell says it: 128 and the number of the signal that ended the engine."""
-    if end.code in {os.CLD_KILLED, os.CLD_DUMPED}:
-        code: int | None = -end.status
-    elif end.code == os.CLD_EXITED:
-        named = end.status > 128 and end.status - 128 in set(signal.Signals)
-        code = 128 - end.status if named else end.status
-    else:
-        code = None
-    return Exit(code, _detail(end, code))
-
-
-def _detail(end: End, code: int | None) -> str:
-    if end.restarted:
-        return "was restarted by somebody else"
-    if end.result in _ENDED_BY_SYSTEMD:
-        return _ENDED_BY_SYSTEMD[end.result]
-    if code is None:
-        failed = end.result in {"exit-code", "signal"}
-        return "failed before its engine began" if failed else "ended; nobody knows how"
-    if code >= 0:
-        return f"exited with code {code}"
-    return f"was killed by {signal.Signals(-code).name}"
-
-
 def _not_ordered(act: str, model: ModelId, name: str, error: BusError) -> Fault:
     text = f'cannot {act} "{model}": '
     if error.name in _UNKNOWN:
@@ -385,6 +363,15 @@ def _not_ordered(act: str, model: ModelId, name: str, error: BusError) -> Fault:
             lasting=True,
         )
     return Fault(f"{text}systemd answered: {error}", hint=f"systemctl status {name}")
+
+
+def _noted(note: Path) -> str:
+    """A line in /run; empty where there is none that can be read."""
+    try:
+        with note.open() as file:
+            return file.read(_LONGEST_NOTE).strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _remove_stale(socket: Path | None) -> None:

@@ -8,12 +8,14 @@ import asyncio
 import logging
 import os
 import re
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from jeepney import DBusAddress
 
+from homegptd.core.model import Exit
 from homegptd.core.refusals import Fault
 
 from . import host_memory
@@ -40,6 +42,12 @@ _AWAY = {
     "org.freedesktop.DBus.Error.Spawn.ChildExited",
     "org.freedesktop.DBus.Error.Spawn.ExecFailed",
     "org.freedesktop.DBus.Error.TimedOut",
+}
+
+_ENDED_BY_SYSTEMD = {
+    "oom-kill": "was killed: the host ran out of memory",
+    "timeout": "was killed by systemd: it took too long",
+    "watchdog": "was killed by systemd's watchdog",
 }
 
 
@@ -340,3 +348,28 @@ async def _wait_or_give_up(pause: float | None, error: Exception) -> None:
 
 def _future() -> "asyncio.Future[str]":
     return asyncio.get_running_loop().create_future()
+
+
+def exit_of(end: End) -> Exit:
+    """conmon exits as a shell says it: 128 and the number of the signal that ended the engine."""
+    if end.code in {os.CLD_KILLED, os.CLD_DUMPED}:
+        code: int | None = -end.status
+    elif end.code == os.CLD_EXITED:
+        named = end.status > 128 and end.status - 128 in set(signal.Signals)
+        code = 128 - end.status if named else end.status
+    else:
+        code = None
+    return Exit(code, _detail(end, code))
+
+
+def _detail(end: End, code: int | None) -> str:
+    if end.restarted:
+        return "was restarted by somebody else"
+    if end.result in _ENDED_BY_SYSTEMD:
+        return _ENDED_BY_SYSTEMD[end.result]
+    if code is None:
+        failed = end.result in {"exit-code", "signal"}
+        return "failed before its engine began" if failed else "ended; nobody knows how"
+    if code >= 0:
+        return f"exited with code {code}"
+    return f"was killed by {signal.Signals(-code).name}"

@@ -106,7 +106,9 @@ def _is_service() -> bool:
 def _units(setup: Setup, places: Places) -> Mapping[ModelId, EngineUnit]:
     return {
         ModelId(model.id): EngineUnit(
-            model.unit, places.socket(model.id) if model.engine is not None else None
+            model.unit,
+            places.socket(model.id) if model.engine is not None else None,
+            places.image_note(model.id),
         )
         for model in setup.config.models
     }

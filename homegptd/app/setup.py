@@ -54,6 +54,11 @@ class Places:
     def socket(self, model: str) -> Path:
         return self.sockets / model / "engine.sock"
 
+    def image_note(self, model: str) -> Path:
+        """Root's word on which image the engine was started from; beside the sockets' folder, where
+        no engine can write."""
+        return self.sockets.with_name("images") / model
+
     def log(self, model: str) -> Path:
         return self.logs / f"{model}.log"
 

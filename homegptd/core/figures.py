@@ -73,8 +73,8 @@ def identified(engine: Engine, traits: Traits) -> Engine:
         why = "its sleep gave too little memory back"
         traits = replace(traits, levels=frozenset(), why_no_sleep=why)
     learnt = engine.learnt
-    if not learnt.figures or learnt.version != traits.version:
-        learnt = replace(learnt, figures=traits.figures, version=traits.version)
+    if not learnt.figures or learnt.build != traits.build:
+        learnt = replace(learnt, figures=traits.figures, build=traits.build)
     return replace(engine, traits=traits, learnt=learnt)
 
 

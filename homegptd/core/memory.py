@@ -72,8 +72,8 @@ class Learnt(Struct, frozen=True):
     """What measurements taught about one engine."""
 
     figures: Figures = field(default_factory=dict)
-    version: str = ""
-    """Of the vLLM that they hold for."""
+    build: str = ""
+    """The vLLM that they hold for, as `Traits.build` tells it."""
     first_residue: Mapping[Gpu, int] = field(default_factory=dict)
     """After the first sleep of this incarnation: what leaks shows against it."""
     last_residue: Mapping[Gpu, int] = field(default_factory=dict)

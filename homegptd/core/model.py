@@ -94,6 +94,13 @@ class Traits(Struct, frozen=True):
     """Proofs of this model with this image and these flags; absent: not tried yet."""
     figures: Figures = field(default_factory=dict)
     """What was measured of it in earlier lives with this image and these flags."""
+    image: str = ""
+    """The digest of the image that it runs from; empty where that is not known."""
+
+    @property
+    def build(self) -> str:
+        """What measurements and proofs hold for, beside the settings: `0.32.0 (sha256:4f1e…)`."""
+        return f"{self.version} ({self.image})" if self.image else self.version
 
 
 # ---------------------------------------------------------------- what is given

@@ -100,6 +100,9 @@ def _pull(asked: Asked) -> int:
             raise Stop(text, code=5, hint=f"there are {known}", reason="unknown-model")
         models = (model,)
     fetched = [name for model in models for name in _fetch(model, config, places)]
+    if "missing" in asked.options:  # as an engine's unit asks before each start
+        for model in models:
+            host("pull").note_image(model, places)
     if not fetched and "missing" not in asked.options:
         print("nothing is missing")
     return 0

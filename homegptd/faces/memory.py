@@ -59,7 +59,7 @@ def _model(engine: Engine, held: Held | None) -> wire.MemoryModelView:
         "id": engine.spec.model,
         "phase": views.phase_word(engine.phase),
         "figures": views.figure_views(engine),
-        "measured_with": engine.learnt.version or None,
+        "measured_with": engine.learnt.build or None,
         "grown_mib": max([0, *figures.grown(engine).values()]),
         "holds_gpu_mib": {str(gpu): mib for gpu, mib in on_gpus.items()} if on_gpus else None,
         "holds_host_mib": held.host_mib if held else None,

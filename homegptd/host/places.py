@@ -5,6 +5,8 @@ from pathlib import Path
 
 SOCKETS = "/run/homegpt/engines"
 """Each engine's directory, root's and closed: only the group homegpt may look into it."""
+IMAGES = "/run/homegpt/images"
+"""The digest of the image that each engine was started from, in a file of its model's name."""
 HF_CACHE = "/var/cache/homegpt/hf"
 """Weights, shared by all engines; they see it read-only."""
 ENGINE_CACHES = "/var/cache/homegpt/engines"
@@ -35,6 +37,10 @@ class Places:
     def quadlets(self) -> Path:
         """The renderer's own folder; the administrator's drop-ins lie beside it."""
         return self.at(QUADLETS)
+
+    @property
+    def images(self) -> Path:
+        return self.at(IMAGES)
 
     @property
     def rule(self) -> Path:

@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from homegptd.config.schema import Config, EngineConfig, ModelConfig
@@ -56,6 +57,24 @@ def pull(
         _fetch(model, engine, config, places)
         fetched.append(engine.model or "")
     return fetched
+
+
+def note_image(model: ModelConfig, places: Places) -> None:
+    """Write down which image the engine is about to start from, by digest: its name does not tell
+    (`:latest`), and what was measured with another one does not hold.
+
+    Never raises: without a note the version of vLLM has to tell images apart.
+    """
+    if model.engine is None or places.images.is_symlink():
+        return  # only root can make the folder, and tmpfiles.d has
+    note = places.images / model.id
+    asked = ("podman", "image", "inspect", "--format={{.Digest}}", model.engine.image)
+    done = run(*asked)
+    with suppress(OSError):
+        note.unlink(missing_ok=True)
+        if done.code == 0:
+            note.write_text(done.out.strip() + "\n")
+            note.chmod(0o644)
 
 
 def _image(name: str, show: Callable[[str], None]) -> None:

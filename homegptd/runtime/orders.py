@@ -198,7 +198,7 @@ class Orders:
     async def identify(self, model: ModelId) -> Traits:
         """What the running engine says of itself, and what this box has proved of it before."""
         engine = self._engines[model]
-        traits = await engine.identify()
+        traits = replace(await engine.identify(), image=self._units.image(model))
         key = self._key(model, traits)
         if engine.canary_reference is not None:
             self._store.remember_canary(model, key, engine.canary_reference)
@@ -209,8 +209,8 @@ class Orders:
         return replace(traits, proofs={**traits.proofs, **known}, figures=figures)
 
     def _key(self, model: ModelId, traits: Traits) -> str:
-        """Proofs hold for this configuration and this vLLM, and for no other."""
-        return f"{self._state().engines[model].spec.fingerprint}/{traits.version}"
+        """Proofs hold for this configuration and this image's vLLM, and for no other."""
+        return f"{self._state().engines[model].spec.fingerprint}/{traits.build}"
 
     async def _wake(self, order: Wake) -> Event:
         model = order.model
@@ -263,8 +263,8 @@ class Orders:
     def _remember_figures(self, model: ModelId) -> None:
         """What the machine has learnt from the event that was just posted."""
         engine = self._state().engines.get(model)
-        if engine is not None and engine.learnt.version:
-            key = f"{engine.spec.fingerprint}/{engine.learnt.version}"
+        if engine is not None and engine.learnt.build:
+            key = f"{engine.spec.fingerprint}/{engine.learnt.build}"
             self._store.remember_figures(model, key, engine.learnt.figures)
 
     # ------------------------------------------------------------ watching

@@ -31,6 +31,9 @@ class UnitsPort(Protocol):
     async def gone(self, model: ModelId) -> Exit:
         """Return when the running engine has ended, for whatever reason; at once if none runs."""
 
+    def image(self, model: ModelId) -> str:
+        """The digest of the image that its engine was started from; empty where none is known."""
+
     async def log_tail(self, model: ModelId, lines: int) -> Sequence[str]:
         """The engine's newest log lines, oldest first; empty where none can be had."""
 

@@ -44,7 +44,9 @@ class MemoryModelView(TypedDict):
     id: str
     phase: PhaseWord
     figures: list[FigureView]
-    measured_with: Annotated[str | None, "the version of vLLM that was measured"]
+    measured_with: Annotated[
+        str | None, "the vLLM that was measured: its version, and its image's digest where known"
+    ]
     grown_mib: Annotated[int, "growth of its residue since its first sleep, on the worst GPU"]
     holds_gpu_mib: Annotated[dict[str, int] | None, "by GPU, of its processes"]
     holds_host_mib: int | None

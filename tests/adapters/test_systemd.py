@@ -19,8 +19,8 @@ from jeepney import DBusAddress
 from homegptd.adapters import systemd_manager
 from homegptd.adapters.dbus import Bus, BusError, BusLost, Signal
 from homegptd.adapters.inherited import inherited_sockets
-from homegptd.adapters.systemd import EngineUnit, SystemdUnits, _exit
-from homegptd.adapters.systemd_manager import End, NoSystemd, Unit, escaped
+from homegptd.adapters.systemd import EngineUnit, SystemdUnits
+from homegptd.adapters.systemd_manager import End, NoSystemd, Unit, escaped, exit_of
 from homegptd.core.model import ModelId
 
 DRIVER = DBusAddress("/org/freedesktop/DBus", "org.freedesktop.DBus", "org.freedesktop.DBus")
@@ -152,6 +152,19 @@ async def test_a_bus_without_systemd_is_a_fault_that_passes(
     await units.close()
 
 
+def test_the_image_is_what_root_noted(tmp_path: Path) -> None:
+    noted, other = ModelId("a"), ModelId("b")
+    note = tmp_path / "a"
+    units = SystemdUnits(
+        {noted: EngineUnit("vllm-a.service", image_note=note), other: EngineUnit("vllm-b.service")}
+    )
+    assert (units.image(noted), units.image(other)) == ("", "")
+    note.write_text("sha256:4f1e\n")
+    assert units.image(noted) == "sha256:4f1e"
+    note.write_bytes(b"\xff")
+    assert units.image(noted) == ""
+
+
 # ------------------------------------------------------------ the mirror
 
 
@@ -215,7 +228,7 @@ def test_another_invocation_is_another_engine() -> None:
     ],
 )
 def test_ends_are_told_in_words(end: End, code: int | None, words: str) -> None:
-    told = _exit(end)
+    told = exit_of(end)
     assert (told.code, told.detail) == (code, words)
 
 

@@ -136,6 +136,13 @@ def test_another_version_makes_estimates_of_measurements():
     assert figures.figure(one, Kind.AWAKE, G0).mib == 40 * GB
 
 
+def test_another_image_of_the_same_version_makes_estimates_of_measurements():
+    one = figures.identified(learnt(awake(), Kind.AWAKE, 50), TRAITS)
+    one = figures.identified(one, replace(TRAITS, image="sha256:4f1e"))
+    assert figures.figure(one, Kind.AWAKE, G0).source is Source.CONFIGURED
+    assert one.learnt.build == "0.32.0 (sha256:4f1e)"
+
+
 def test_other_flags_make_estimates_of_measurements():
     run = Run(box(a=learnt(asleep(fingerprint="x"), Kind.AWAKE, 50)))
     spec = replace(run.engine("a").spec, fingerprint="y")

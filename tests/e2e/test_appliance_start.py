@@ -35,6 +35,13 @@ def test_start_returns_when_all_models_were_brought_up_in_order(appliance: Appli
     assert _health(appliance)[0] == 200
 
 
+def test_the_daemon_knows_from_which_image_an_engine_runs(running: Appliance) -> None:
+    asked = ("podman", "inspect", "--format={{.ImageDigest}}", "vllm-coder")
+    digest = running.machine.run(*asked).out.strip()
+    (coder, _) = json.loads(running.ctl("--json", "memory").out)["models"]
+    assert coder["measured_with"].endswith(f" ({digest})")
+
+
 async def test_both_doors_answer_while_the_models_load(appliance: Appliance) -> None:
     slow = {"sim-imports-s": 400}  # 2 s each
     appliance.configure(Sim("coder", "active", slow), Sim("writer", "sleep", slow))

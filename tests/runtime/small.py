@@ -104,6 +104,7 @@ class SmallUnits:
 
     def __init__(self, engines: Mapping[ModelId, SmallEngine]) -> None:
         self.engines = engines
+        self.images: dict[ModelId, str] = {}
 
     async def observe(self) -> Mapping[ModelId, Running]:
         return {name: Running(1, 0.0) for name, e in self.engines.items() if e.running}
@@ -136,6 +137,9 @@ class SmallUnits:
             return Exit(None, "was not running")
         await asyncio.wait([engine.ended])
         return engine.ended.result()
+
+    def image(self, model: ModelId) -> str:
+        return self.images.get(model, "")
 
     async def log_tail(self, model: ModelId, lines: int) -> Sequence[str]:
         return ()

@@ -230,6 +230,18 @@ async def test_a_proof_that_holds_is_remembered_and_found_at_the_next_start() ->
 
 
 @jumping
+async def test_a_proof_holds_for_the_image_that_it_was_made_with() -> None:
+    async with Small().running() as small:
+        small.units.images[A] = "sha256:4f1e"
+        await small.until_booted()
+        small.scheduler.operate(Act.PROVE, A, by="me")
+        await small.until(lambda: bool(small.told(ProveEnded)))
+        assert (await small.orders.identify(A)).proofs == {Proof.FREEZE: True}
+        small.units.images[A] = "sha256:9a02"
+        assert (await small.orders.identify(A)).proofs == {}
+
+
+@jumping
 async def test_a_proof_that_fails_is_a_verdict_and_no_failure() -> None:
     async with orders() as (small, group, told):
         small.found(A)

@@ -358,6 +358,9 @@ class Units:
         await asyncio.wait([process.ended])
         return process.ended.result()
 
+    def image(self, model: ModelId) -> str:
+        return ""
+
     async def log_tail(self, model: ModelId, lines: int) -> Sequence[str]:
         return ("some last words",)
 

@@ -107,7 +107,10 @@ async def test_an_engine_starts_serves_is_observed_and_leaves_nothing(
     running = (await units.observe())[ALPHA]
     assert running.pid == int(machine.show("vllm-alpha", "MainPID")["MainPID"])
     assert before - 1 < running.started_at < time.time()
+    engine = int(machine.run("podman", "inspect", "--format={{.State.Pid}}", "vllm-alpha").out)
+    assert {running.pid, engine} <= await units.pids(ALPHA)  # conmon's and the engine's
     await units.stop(ALPHA)
+    assert await units.pids(ALPHA) == frozenset()
     assert await units.observe() == {}
     assert machine.run("podman", "ps", "-aq").out == ""
     assert machine.show("vllm-alpha", "ActiveState") == {"ActiveState": "inactive"}
