@@ -191,7 +191,8 @@ class Judge:
     def _has_to_go(self, state: State, engine: Engine) -> bool:
         lent = not state.freed.keys().isdisjoint(engine.spec.gpus)
         stays = engine.traits is None or bool(engine.traits.levels)
-        return engine.renew or engine.retiring or bool(state.waiting) or (lent and not stays)
+        wishes = bool(state.waiting or state.operations)
+        return engine.renew or engine.retiring or wishes or (lent and not stays)
 
     # ------------------------------------------------------------ its commands
 
