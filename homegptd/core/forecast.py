@@ -33,8 +33,11 @@ PROOF = Span(2.0, 8.0, 30.0)
 """Of a proof: two answers, a sleep and a wake."""
 
 
-def eta(state: State, model: ModelId, now: float) -> Span | None:
-    """Seconds until `model` is awake if it is wanted before all others. None: it cannot be."""
+def eta(state: State, model: ModelId, now: float, *, ordered: bool = False) -> Span | None:
+    """Seconds until `model` is awake if it is wanted before all others. None: it cannot be.
+
+    `ordered`: by an operator, who brings up what no request can: stopped, disabled, failed for good.
+    """
     engine = state.engines[model]
     match engine.phase:
         case Awake() | Draining():
@@ -42,7 +45,8 @@ def eta(state: State, model: ModelId, now: float) -> Span | None:
         case Starting() | Waking() | Proving():
             return _left(engine, now)
         case Asleep() | FallingAsleep() | Down() | Stopping():
-            return _from_rest(state, engine, now)
+            may = ordered or _ever_up(engine)
+            return _from_rest(state, engine, now) if may else None
 
 
 def wait_s(state: State, model: ModelId, now: float) -> Span | None:
@@ -68,7 +72,7 @@ def _from_rest(state: State, engine: Engine, now: float) -> Span | None:
     model = engine.spec.model
     room = make_room(state, model, may_displace=is_not_pinned)
     freed = not state.freed.keys().isdisjoint(engine.spec.gpus)
-    if room is None or freed or not _ever_up(engine):
+    if room is None or freed:
         return None
     clear = _clearing(state, model, room, now)
     match engine.phase:

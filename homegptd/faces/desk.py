@@ -116,7 +116,8 @@ class Desk:
     async def plan(self, model: str) -> wire.PlanView:
         state, known = self._scheduler.state, self._known(model)
         plan = plans.plan_switch(state, known)
-        eta = forecast.eta(state, known, self._scheduler.loop.time()) if plan.fits else None
+        now = self._scheduler.loop.time()
+        eta = forecast.eta(state, known, now, ordered=True) if plan.fits else None
         return {
             "model": plan.model,
             "fits": plan.fits,

@@ -106,7 +106,11 @@ def test_two_cards_are_cleared_side_by_side_and_one_card_in_turn() -> None:
 def test_what_can_never_be_has_no_time() -> None:
     assert forecast.eta(box(a=awake(pinned=True), b=asleep()), B, 100.0) is None
     assert forecast.eta(box(b=down("no such image")), B, 100.0) is None
-    assert forecast.eta(box(b=down(enabled=False)), B, 100.0) is None
+    stopped = box(b=down(enabled=False))
+    assert forecast.eta(stopped, B, 100.0) is None
+    assert forecast.eta(stopped, B, 100.0, ordered=True) == durations.span(
+        stopped.engines[B], "start"
+    )
 
 
 def test_answers_end_at_the_latest_when_the_policy_ends_them() -> None:
