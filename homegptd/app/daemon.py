@@ -140,6 +140,7 @@ class Daemon:
             self.setup.names,
             kinds=self.setup.kinds,
             adjustments=self.setup.adjustments,
+            plain=self.setup.plain,
             logs=self._logs,
             reload=self._reload,
             accounts=self.accounts,
@@ -292,8 +293,7 @@ class Daemon:
         stack.push_async_callback(runner.cleanup)
 
     def _guard(self) -> Guard:
-        containers = bool(self._listen_for_containers())
-        return guard(self.setup.config, self._keys, containers=containers)
+        return guard(self.setup.config, self._keys, containers=bool(self._listen_for_containers()))
 
     def _limits(self, model: ModelId) -> Limits:
         return self.setup.limits.get(model) or Limits()
@@ -366,7 +366,7 @@ class Daemon:
             self.backend.replace(after)
             self.engines.update(clients(after, self.engines, before))
             self.desk.names, self.desk.kinds = after.names, after.kinds
-            self.desk.adjustments = after.adjustments
+            self.desk.adjustments, self.desk.plain = after.adjustments, after.plain
             self._take_keys(keys)
             self.scheduler.post(
                 ConfigChanged(after.specs, after.policy, after.gpus, after.host_mib)

@@ -96,6 +96,12 @@ class Setup:
         return {ModelId(m.id): m.engine.kind for m in self.config.models if m.engine is not None}
 
     @property
+    def plain(self) -> frozenset[ModelId]:
+        """Models whose engine may know no alias: somebody else wrote how it is started."""
+        ours = {m.id for m in self.config.models if m.engine is not None and not m.engine.command}
+        return frozenset(ModelId(m.id) for m in self.config.models if m.id not in ours)
+
+    @property
     def adjustments(self) -> dict[ModelId, Adjustment]:
         """What is set in requests, for the models that have anything set."""
         told = {

@@ -36,7 +36,7 @@ PROOF = Span(2.0, 8.0, 30.0)
 def eta(state: State, model: ModelId, now: float, *, ordered: bool = False) -> Span | None:
     """Seconds until `model` is awake if it is wanted before all others. None: it cannot be.
 
-    `ordered`: by an operator, who brings up what no request can: stopped, disabled, failed for good.
+    `ordered`: by an operator, who brings up what no request can: what was stopped, or is disabled.
     """
     engine = state.engines[model]
     match engine.phase:

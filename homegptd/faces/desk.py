@@ -49,6 +49,7 @@ class Desk:
         *,
         kinds: Mapping[ModelId, str] | None = None,
         adjustments: Mapping[ModelId, Adjustment] | None = None,
+        plain: frozenset[ModelId] = frozenset(),
         logs: Logs,
         reload: Reload,
         accounts: Accounts | None = None,
@@ -58,6 +59,8 @@ class Desk:
         self.names = names
         self.kinds = kinds or {}
         self.adjustments = adjustments or {}
+        self.plain = plain
+        """Models whose engine may know no alias."""
         self._logs = logs
         self._reload = reload
         self._accounts = accounts or Accounts()

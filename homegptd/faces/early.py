@@ -170,8 +170,9 @@ class Early:
         self._write(self.last_words("failed"))
         self._write(self._framed(errors.frame(problem, self._shape)))
         transport = self._request.transport
-        if self.keep_alive and not self._request.protocol.writing_paused:
+        if self._chunked:
             self._write(_END)
+        if self.keep_alive and not self._request.protocol.writing_paused:
             return True
         if transport is not None:
             transport.close()

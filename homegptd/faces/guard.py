@@ -185,7 +185,8 @@ def _is_address(name: str) -> bool:
 
 def _without_port(host: str) -> str:
     if host.startswith("["):
-        return host[1:].partition("]")[0]
+        name, _, after = host[1:].partition("]")
+        return name if not after or after.startswith(":") else ""
     return host.rpartition(":")[0] if ":" in host else host
 
 

@@ -86,7 +86,7 @@ class Intake:
             with reading(body) as text:
                 written = adjust.adjusted(bytes(text), adjustment)
             body = hold.rewritten(written)
-        if wish.model is None or self._models.find(wish.model) is None:
+        if not self._models.is_known_to(model, wish.model):
             body = openai.with_model(body, model)
         task = not (wish.stream or self._tasks_switch) and is_task(body)
         ask = Ask(route.path, _passed_on(request), body, route.shape)
@@ -109,7 +109,7 @@ class Intake:
         if adjustment:
             body = multipart.with_fields(body, form, adjustment.defaults, adjustment.overrides)
             form = _form(request, body)
-        if form.model is None or self._models.find(form.model) is None:
+        if not self._models.is_known_to(model, form.model):
             body = multipart.with_model(body, form, model)
         ask = Ask(route.path, _passed_on(request), body, route.shape)
         return replace(self._request(route, model, ask), stream=form.stream)
@@ -131,7 +131,7 @@ class Intake:
         return Wanted(model, False, ask, self._scheduler.loop.time(), unasked)
 
     def _learn(self, model: ModelId, data: bytes) -> None:
-        self._stored.learn(data, model, self._scheduler.state.engines[model].incarnation)
+        self._stored.learn(data, model, self._scheduler.state.engines)
 
     def named(self, name: str | None, route: Route, *, previous: str | None = None) -> ModelId:
         """Which model is meant. Raises: Denied, also where it is not for this."""

@@ -19,6 +19,7 @@ from homegptd.runtime.scheduler import Scheduler
 from homegptd.wire import control as wire
 
 from . import errors
+from .clients import asking
 from .desk import Desk
 from .errors import Denied, Problem
 from .management import Management, ended, json_body
@@ -75,6 +76,7 @@ class LlamaCpp:
         """Every model's status, and then each that changes."""
         _only_for_those(request)
         head = {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
+        head |= dict(asking().headers)
         answer = web.StreamResponse(headers=head)
         await answer.prepare(request)
         if request.method != "HEAD":
@@ -97,7 +99,7 @@ class LlamaCpp:
         with self._scheduler.watched(lambda lines: changed.set()):
             while True:
                 changed.clear()
-                now = {view["id"]: _status(view) for view in self._desk.models()}
+                now = {view["id"]: _status(view) for view in self._models.views()}
                 for model in told.keys() - now.keys():
                     yield _event({"model": model, "event": "model_remove"})
                 for model, status in now.items():

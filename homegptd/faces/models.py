@@ -12,6 +12,8 @@ from .adjust import Adjustment
 from .clients import asking
 from .desk import Desk
 
+_LONGEST = 100
+"""Characters of a name that is worth a search, and is shown."""
 VIRTUAL = ("active", "default")
 """Names that mean a model without naming it."""
 
@@ -33,6 +35,12 @@ class Models:
 
     def _shows(self, model: ModelId) -> bool:
         return self._only in (None, model) and asking().sees(model)
+
+    def is_known_to(self, model: ModelId, name: str | None) -> bool:
+        """Whether the engine of `model` answers to this name."""
+        if name is None or self._desk.resolve(name) is None:
+            return False  # none, or a virtual one
+        return name == model or model not in self._desk.plain
 
     def kind(self, model: ModelId) -> str | None:
         """What the model is for, as configured; None where that is not known."""
@@ -64,10 +72,11 @@ class Models:
     def unknown(self, name: str) -> Refusal:
         """Names what is near, or else what there is."""
         known = [each for view in self.views() for each in (view["id"], *view["aliases"])]
-        near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+        asked = name.lower() if len(name) <= _LONGEST else ""  # the search is quadratic
+        near = difflib.get_close_matches(asked, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}" if near else f"known are {', '.join(known)}"
         hint = hint if known else "this key may use none"
-        shown = name if len(name) <= 100 else name[:100] + "…"
+        shown = name if len(name) <= _LONGEST else name[:_LONGEST] + "…"
         return Refusal(Reason.UNKNOWN_MODEL, f'there is no model "{shown}"', hint=hint)
 
     def listed(self) -> dict[str, object]:

@@ -22,10 +22,14 @@ _BUDGET = 1000
 _GAPS = 256 * 1024
 """Bytes between them that it crosses: long lists of numbers are msgspec's business too."""
 _BACKSLASHES = 64
+_LONGEST_KEY = 64
 _PIECE = re.compile(rb'["{}\[\]]')
 _COLON = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*")
 _WORD = re.compile(rb"[^,}\] \t\r\n]+")
 _MEMBER = re.compile(rb'[ \t\r\n]*"')
+_LONGEST = 1024
+"""Bytes of a value; what is longer is no name and no switch."""
+_ODD = object()
 _YES = frozenset({"1", "on", "t", "true", "y", "yes"})
 _SPACE = b" \t\r\n"
 
@@ -49,17 +53,22 @@ class NotUnderstood(Exception):
         self.param = param
 
 
+_ABSENT = msgspec.Raw(b"")
+
+
 class _Body(msgspec.Struct):
-    model: object = None
-    stream: object = None
-    background: object = None
-    store: object = None
-    previous_response_id: object = None
+    """Values are only looked at where they are short: nobody's memory is for a list as a model."""
+
+    model: msgspec.Raw = _ABSENT
+    stream: msgspec.Raw = _ABSENT
+    background: msgspec.Raw = _ABSENT
+    store: msgspec.Raw = _ABSENT
+    previous_response_id: msgspec.Raw = _ABSENT
 
 
 _KEYS = frozenset(field.encode() for field in _Body.__struct_fields__)
 _decoder = msgspec.json.Decoder(_Body)
-_scalar = msgspec.json.Decoder()
+_any = msgspec.json.Decoder()
 
 
 def read(body: Body) -> Wish:
@@ -87,12 +96,23 @@ def with_model(body: Body, model: str) -> Body:
 
 
 def _wish(found: _Body) -> Wish:
-    model, previous = found.model, found.previous_response_id
+    model, previous = _scalar(found.model), _scalar(found.previous_response_id)
     if model is not None and not isinstance(model, str):
-        raise NotUnderstood('"model" must be a string', param="model")
-    stores = found.store is True or bool(found.background) or previous is not None
+        raise NotUnderstood(f'"model" must be a string of at most {_LONGEST} bytes', param="model")
+    stores = _scalar(found.store) is True or bool(_scalar(found.background)) or previous is not None
     before = previous if isinstance(previous, str) else None
-    return Wish(model or None, is_yes(found.stream), stores, before)
+    return Wish(model or None, is_yes(_scalar(found.stream)), stores, before)
+
+
+def _scalar(raw: msgspec.Raw) -> object:
+    """None where it is absent; `_ODD` where it is too long to be of use."""
+    if raw is _ABSENT:
+        return None
+    text = bytes(memoryview(raw)[: _LONGEST + 1])
+    try:
+        return _ODD if len(text) > _LONGEST else _any.decode(text)
+    except UnicodeDecodeError as error:
+        raise NotUnderstood(f"the body is not UTF-8: {error.reason}") from None
 
 
 def is_yes(value: object) -> bool:
@@ -161,7 +181,9 @@ def _string_end(body: Text, at: int) -> int:
 
 def _key(body: Text, start: int, end: int, found: _Body) -> bool:
     """Note the value if this is a key we look for. False: this needs a parser."""
-    name = body[start:end] if end - start <= 64 else b""
+    if end - start > _LONGEST_KEY:
+        return body.find(b"\\", start, end) < 0
+    name = body[start:end]
     if name not in _KEYS:
         return b"\\" not in name
     colon = _COLON.match(body, end + 1)
@@ -170,10 +192,12 @@ def _key(body: Text, start: int, end: int, found: _Body) -> bool:
     value = _value(body, colon.end())
     if value is None:
         return False
+    raw = msgspec.Raw(value)
     try:
-        setattr(found, name.decode(), _scalar.decode(value))
+        _scalar(raw)
     except msgspec.DecodeError:
         return False
+    setattr(found, name.decode(), raw)
     return True
 
 

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -52,6 +52,8 @@ class Line:
     """The model of that name. Raises: Denied."""
     address: Callable[[ModelId], Address]
     engine_key: Callable[[ModelId], str | None]
+    noticed: Callable[[ModelId], Awaitable[None]]
+    """Until the scheduler knows too that an engine is lost, or a while."""
     idle_s: float
 
 
@@ -142,11 +144,10 @@ class _Session:
                         )  # fmt: skip
                     else:
                         return self._named(update["model"]), early
+                text = f"more than {_EARLY >> 20} MiB came before a session.update named a model"
         except TimeoutError:
-            pass
-        raise _Over(
-            "no session.update named a model", "invalid_event", WSCloseCode.POLICY_VIOLATION
-        )
+            text = "no session.update named a model"
+        raise _Over(text, "invalid_event", WSCloseCode.POLICY_VIOLATION)
 
     def _named(self, name: object) -> ModelId:
         if not isinstance(name, str):
@@ -191,19 +192,30 @@ class _Session:
         return None
 
     async def _serve(self, model: ModelId, first: list[str], inbox: asyncio.Queue[str]) -> _Over:
-        """How it ended."""
-        key = asking()
-        lease = self._line.scheduler.lease(
-            model, freezable=False, may_switch=key.may_switch, max_wait_s=key.max_wait_s
-        )
-        try:
-            async with lease:
-                return await self._converse(lease, first, inbox)
-        except Refused as refused:
-            return _over(refused.refusal)
-        except (OSError, aiohttp.ClientError) as error:
-            text = f'the engine of "{model}" cannot be reached ({error})'
-            return _over(Refusal(Reason.ENGINE_FAULT, text))
+        """How it ended. An engine that cannot be reached may have died: then once more."""
+        key, text = asking(), ""
+        for again in (False, True):
+            lease = self._line.scheduler.lease(
+                model,
+                freezable=False,
+                may_switch=key.may_switch,
+                max_wait_s=key.max_wait_s,
+                replay=again,
+            )
+            try:
+                async with lease:
+                    return await self._converse(lease, first, inbox)
+            except Refused as refused:
+                return _over(refused.refusal)
+            except aiohttp.WSServerHandshakeError as error:
+                text = f'the engine of "{model}" answered {error.status} to /v1/realtime'
+                return _Over(text, "engine_fault", WSCloseCode.POLICY_VIOLATION)
+            except (OSError, aiohttp.ClientError) as error:
+                why = getattr(error, "strerror", None) or type(error).__name__
+                text = f'the engine of "{model}" cannot be reached ({why.lower()})'
+            if not again:
+                await self._line.noticed(model)
+        return _over(Refusal(Reason.ENGINE_FAULT, text))
 
     async def _converse(self, lease: Lease, first: list[str], inbox: asyncio.Queue[str]) -> _Over:
         at = self._line.address(lease.model)
@@ -288,6 +300,11 @@ class _Session:
         engine = engines.get(self._model) if self._model is not None else None
         return engine is not None and isinstance(engine.phase, Draining)
 
+    def _leaves_for(self) -> str:
+        engine = self._line.scheduler.state.engines.get(self._model or ModelId(""))
+        other = getattr(engine.phase, "wanted_by", None) if engine is not None else None
+        return "is put to sleep" if other in (None, self._model) else "makes room for another model"
+
     async def _silence(self) -> _Over:
         """Until nobody has spoken for long enough."""
         try:
@@ -297,7 +314,7 @@ class _Session:
         except TimeoutError:
             pass
         if self._is_wanted():
-            return _Over(f'"{self._model}" makes room for another model', "cut")
+            return _Over(f'"{self._model}" {self._leaves_for()}', "cut")
         text = f"nobody spoke for {self._line.idle_s:g} s"
         return _Over(text, "idle", WSCloseCode.GOING_AWAY)
 

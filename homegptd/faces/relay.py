@@ -2,7 +2,8 @@
 
 The engine's connection hands its bytes to `Answer`, which writes them to the client's transport in
 the same turn of the event loop; the handler's task only waits for the end. Nothing is parsed: the
-relay looks for a few words that no string inside JSON can contain unescaped, and holds back
+relay looks for a few words that no string inside JSON can contain unescaped (and reads the event
+in which one stands), and holds back
 
 * the head, until the first event or (up to 1 MiB) the whole of an unstreamed JSON answer is there:
   until then the request can be sent again to another incarnation of the engine;
@@ -33,6 +34,7 @@ from . import errors
 from .accounts import Record
 from .ask import CLOSED, KEPT, Ask, Broken, Limits
 from .clients import asking
+from .cuts import cut_at
 from .early import Early
 from .upstream import Address, Connection, Head, Pool
 from .usage import MARK, without
@@ -45,13 +47,6 @@ _HOP_BY_HOP = frozenset(
     [b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-connection", b"te", b"trailer",
      b"transfer-encoding", b"upgrade"]
 )  # fmt: skip
-_ABORT = re.compile(rb'(?:finish|stop)_reason"\s*:\s*"abort"')
-_CUTS = {
-    "/v1/messages": b'"delta":{"stop_reason":null',  # of message_delta
-    "/v1/responses": b'"status":"cancelled"',
-}
-"""How an aborted answer ends where vLLM translates the word (0.32, compact JSON). Without Harmony
-an aborted response says "completed"; nothing in its bytes tells."""
 _ERROR_EVENT = b'data: {"error"'
 _DEATH = re.compile(rb"EngineCore encountered|EngineDeadError|new futures after shutdown")
 """What a vLLM with a dead or stopping engine core says (seen on 0.32)."""
@@ -101,7 +96,7 @@ class Answer:
     """One answer on its way from an engine to a client."""
 
     __slots__ = (
-        "_ask", "_begun", "_chunked", "_client", "_connection", "_cut", "_early", "_full", "_head",
+        "_ask", "_begun", "_chunked", "_client", "_connection", "_early", "_full", "_head",
         "_heard", "_held", "_hold", "_idle_s", "_last", "_lease", "_limits", "_loop", "_more",
         "_over", "_owed", "_problem", "_protocol", "_record", "_request", "_spoiled", "_sse",
         "_status", "_tick_s", "_timer", "_torn", "_turn", "keep_alive", "stale",
@@ -121,7 +116,6 @@ class Answer:
         self._more = asking().headers
         self.keep_alive = request.keep_alive
         self.stale = False
-        self._cut = _CUTS.get(ask.path)
         self._head = self._last = self._owed = b""
         self._status = 0
         self._sse = self._chunked = False
@@ -220,9 +214,8 @@ class Answer:
 
     def _flaw(self, data: bytes) -> tuple[int, str] | None:
         """Where and why these bytes must not be passed on."""
-        if data.rfind(b'"abort"') >= 0 and (match := _ABORT.search(data)):
-            return match.start(), "cut its answer"
-        if self._cut is not None and (at := self._cut_at(data)) >= 0:
+        whole = self._connection.complete and not self._begun
+        if (at := cut_at(self._ask.path, data, sse=self._sse, whole=whole)) >= 0:
             return at, "cut its answer"
         if data.rfind(_ERROR_EVENT) >= 0:
             self._spoiled = True
@@ -233,13 +226,6 @@ class Answer:
         ):  # fmt: skip
             return 0, "gave up before it answered"
         return None
-
-    def _cut_at(self, data: bytes) -> int:
-        """-1: nowhere. A message that was not streamed has no reason to stop at all then."""
-        if self._sse or self._ask.path != "/v1/messages":
-            return data.find(self._cut) if self._cut is not None else -1
-        whole = self._connection.complete and not self._begun and b'"type":"message"' in data
-        return 0 if whole and b'"stop_reason":' not in data else -1
 
     def _begin(self, data: bytes) -> None:
         """The first bytes: from here on the request cannot be sent again."""

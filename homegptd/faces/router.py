@@ -144,6 +144,7 @@ class Router:
             named,
             self._addresses,
             self._engine_keys,
+            partial(self._until_noticed, patience_s=self._settings.notice_death_s),
             self._settings.realtime_idle_s,
         )
 

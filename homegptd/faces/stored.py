@@ -27,12 +27,15 @@ class Stored:
     def __len__(self) -> int:
         return len(self._by)
 
-    def learn(self, data: bytes, model: ModelId, incarnation: int) -> None:
-        """Take the id out of the first bytes of an answer."""
+    def learn(self, data: bytes, model: ModelId, engines: Mapping[ModelId, Engine]) -> None:
+        """Take the id out of the first bytes of an answer. It stays that of the engine which gave
+        it first, while that one may have it: a client can ask for any id (`request_id`)."""
         found = _ID.search(data, 0, _LOOK)
         if found is None:
             return
-        ident = found[1].decode()
+        ident, incarnation = found[1].decode(), engines[model].incarnation
+        if self.find(ident, engines) not in (None, model):
+            return
         self._by.pop(ident, None)
         self._by[ident] = model, incarnation
         if len(self._by) > self._most:

@@ -162,6 +162,7 @@ def _response(ask: Ask, status: str) -> Body:
         "id": ask.ident,
         "created_at": ask.created,
         "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+        "metadata": ask.body.get("metadata"),
         "model": ask.model,
         "object": "response",
         "output": [_item(ask, "completed")] if ended else [],
@@ -169,6 +170,6 @@ def _response(ask: Ask, status: str) -> Body:
         "background": bool(ask.body.get("background")),
         "previous_response_id": ask.body.get("previous_response_id"),
         "status": status,
-        "tools": [],
+        "tools": ask.body.get("tools") or [],
         "usage": usage if ended else None,
     }

@@ -138,6 +138,7 @@ async def running(
     *,
     limits: Limits | None = None,
     notice_s: float = 2.0,
+    notice_death_s: float = 15.0,
     task_grace_s: float = 5.0,
     realtime_idle_s: float = 60.0,
     max_body_bytes: int = 64 << 20,
@@ -191,6 +192,7 @@ async def running(
         lambda model: limits or Limits(),
         pace or Pace(),
         notice_s=notice_s,
+        notice_death_s=notice_death_s,
         task_grace_s=task_grace_s,
         realtime_idle_s=realtime_idle_s,
     )

@@ -210,12 +210,34 @@ async def test_a_cut_that_vllm_translates_is_an_error_too(
         ("/v1/messages", b'{"type":"error","error":{"message":"no"}}'),
         ("/v1/responses", WHOLE_RESPONSE % b"completed"),
         (CHAT, WHOLE_RESPONSE % b"cancelled"),
+        (
+            "/v1/responses",
+            b'{"id":"r","metadata":{"status":"cancelled","a":{"finish_reason":"abort"}},'
+            b'"object":"response","status":"completed","output":[]}',
+        ),
+        (
+            "/v1/messages",
+            WHOLE_MESSAGE % b',"input":{"finish_reason":"abort"},"stop_reason":"tool_use"',
+        ),
         ("/v1/messages", WHOLE_MESSAGE % (b',"x":"%s","stop_reason":"end_turn"' % (b"x" * 2**21))),
     ],
-    ids=["message", "error", "response", "chat", "long message"],
+    ids=["message", "error", "response", "chat", "metadata", "tool", "long message"],
 )
 async def test_what_is_complete_is_not_taken_for_a_cut(
     path: Path, where: str, whole: bytes
 ) -> None:
     async with Engine(path, saying(answer(whole))).running(), box.running({"chat": path}) as b:
         assert (await b.ask(where, HELLO)).body == whole
+
+
+async def test_what_a_client_sent_and_gets_back_in_a_stream_is_no_cut(path: Path) -> None:
+    begun = b'data: {"type":"response.created","response":{"metadata":{"status":"cancelled"}}}\n\n'
+    end = b'data: {"type":"response.completed","response":{"status":"completed"}}\n\n'
+    script = saying(SSE, box.chunk(begun), box.chunk(end), box.END)
+    async with Engine(path, script).running(), box.running({"chat": path}) as b:
+        client = await b.connect()
+        client.send("/v1/responses", STREAM)
+        await client.head()
+        said = await client.reader.readuntil(box.END)
+        assert begun in said
+        assert end in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -115,6 +116,24 @@ def test_a_body_that_names_no_model_gets_one_and_stays_the_same(rest: dict[str, 
     assert json.loads(named) == rest | {"model": 'the "one"'}
 
 
+@pytest.mark.parametrize(
+    "value", [b'"' + b"a" * 9_000_000 + b'"', b"[" + b"[]," * 1_000_000 + b"[]]"]
+)
+@pytest.mark.parametrize("key", ["model", "stream"])
+def test_a_value_of_megabytes_is_not_built(key: str, value: bytes) -> None:
+    body = b'{"%s":%s}' % (key.encode(), value)
+    tracemalloc.start()
+    try:
+        if key == "model":
+            with pytest.raises(NotUnderstood, match="at most 1024 bytes"):
+                openai.read(body)
+        else:
+            assert not openai.read(body).stream
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(body)
+    finally:
+        tracemalloc.stop()
+
+
 def test_ten_megabytes_do_not_stop_the_loop() -> None:
     image = "iVBORw0KGgo/+" * 800_000
     body = json.dumps({"messages": [{"content": image}], "model": "right"}).encode()
@@ -148,7 +167,7 @@ def test_no_body_makes_the_scanner_much_slower_than_a_parser(middle: bytes) -> N
 
 def _seconds(body: bytes, *, parse: bool = False) -> float:
     began = time.perf_counter()
-    found = openai._parse(body) if parse else openai.read(body)
+    found = openai._wish(openai._parse(body)) if parse else openai.read(body)
     assert found.model == "right"
     return time.perf_counter() - began
 

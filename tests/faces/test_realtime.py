@@ -202,8 +202,29 @@ async def test_an_engine_that_dies_ends_its_sessions_with_a_reason(tmp_path: Pat
         assert isinstance(b.phase("ears"), Awake)
 
 
+async def test_an_engine_that_died_unnoticed_is_asked_again(tmp_path: Path) -> None:
+    server, paths = SimServer(options("ears")), {"ears": tmp_path / "ears"}
+    more = {"kinds": {"ears": "audio"}, "notice_death_s": 0.5}
+    async with (
+        box.running(paths, **more) as b,
+        session(b, "?model=ears") as ws,
+        server.running(uds=paths["ears"]),
+    ):
+        await ws.send_json(SOUND)
+        await ws.send_json(COMMIT)
+        assert await said(ws)
+
+
+async def test_a_session_that_is_put_to_sleep_is_told_so(tmp_path: Path) -> None:
+    async with running(tmp_path) as (b, _), session(b, "?model=ears") as ws:
+        await b.until(lambda: b.leases("ears") == 1)
+        b.desk.begin(Act.SLEEP, "ears", by="test")
+        assert "is put to sleep" in (await ended(ws))[0]["error"]
+
+
 async def test_an_engine_that_is_not_there_is_an_error_event(tmp_path: Path) -> None:
     paths = {"ears": tmp_path / "nobody"}
-    async with box.running(paths, kinds={"ears": "audio"}) as b, session(b, "?model=ears") as ws:
+    more = {"kinds": {"ears": "audio"}, "notice_death_s": 0.05}
+    async with box.running(paths, **more) as b, session(b, "?model=ears") as ws:
         told, code = await ended(ws)
         assert (told["code"], code) == ("engine_fault", 1013)

@@ -43,6 +43,13 @@ async def test_every_route_reaches_the_model_it_names(two: box.Box, path: str) -
         assert reply.json["by"].endswith(socket)
 
 
+async def test_an_engine_that_others_start_is_asked_by_its_id(two: box.Box) -> None:
+    two.desk.plain = frozenset({box.ModelId("chat")})
+    for name in ("talk", "lab/Chat-7B"):
+        asked = (await two.ask(content={"model": name, "messages": []})).json["asked"]
+        assert asked["model"] == "chat"
+
+
 async def test_without_a_model_the_default_is_asked_by_name(two: box.Box) -> None:
     for content in ({"messages": []}, {}, {"messages": [{"model": "coder"}]}):
         reply = await two.ask(content=content)

@@ -353,7 +353,7 @@ async def test_a_door_to_one_model_is_the_same_router(tmp_path: Path) -> None:
             assert engine.asked[-1].json["model"] == "coder"
         assert (await at.ask("/v1/responses/resp_1", method="GET")).status == 200
         assert (await at.ask("/v1/responses", {"model": "chat"})).status == 404
-        kept.learn(b'{"id":"resp_7"}', box.ModelId("chat"), 0)
+        kept.learn(b'{"id":"resp_7"}', box.ModelId("chat"), b.scheduler.state.engines)
         assert (await at.ask("/v1/responses/resp_7", method="GET")).status == 404
         for path in ("/models/load", "/switch", "/models"):
             assert (await at.ask(path, {"model": "coder"})).status == 404
@@ -376,11 +376,20 @@ async def test_what_the_engine_keeps_is_never_asked_twice(
     assert reply.status == (200 if tries == 2 else 502)
 
 
+async def test_an_id_stays_with_the_engine_that_gave_it_first(tmp_path: Path) -> None:
+    paths = {"chat": tmp_path / "a", "coder": tmp_path / "b"}
+    async with box.running(paths) as b:
+        kept, engines = Stored(), b.scheduler.state.engines
+        kept.learn(b'{"id":"r1"}', box.ModelId("chat"), engines)
+        kept.learn(b'{"id":"r1"}', box.ModelId("coder"), engines)
+        assert kept.find("r1", engines) == "chat"
+
+
 async def test_ids_are_forgotten_in_the_order_they_came(tmp_path: Path) -> None:
     async with box.running({"chat": tmp_path / "s"}) as b:
         kept, engines = Stored(most=2), b.scheduler.state.engines
         for number in (1, 2, 1, 3):
-            kept.learn(b'{"id":"r%d"}' % number, box.ModelId("chat"), 0)
+            kept.learn(b'{"id":"r%d"}' % number, box.ModelId("chat"), engines)
         assert [kept.find(f"r{n}", engines) for n in (1, 2, 3)] == ["chat", None, "chat"]
         assert len(kept) == 2
 
