@@ -44,7 +44,7 @@ from homegptd.faces.stored import Stored
 from homegptd.faces.upstream import Address
 from homegptd.runtime.bootstrap import observe
 from homegptd.runtime.heartbeat import Heartbeat
-from homegptd.runtime.keeper import Keeper, unpinned
+from homegptd.runtime.keeper import Keeper, Pins
 from homegptd.runtime.measuring import watch
 from homegptd.runtime.orders import Orders
 from homegptd.runtime.race import first
@@ -211,7 +211,7 @@ class Daemon:
                 self.engines,
                 self.orders.identify,
                 self.meter,
-                unpinned(self.store),
+                Pins(self.store).has_pinned,
             )
         except Fault as fault:
             raise CannotServe(fault.message, fault.hint) from fault

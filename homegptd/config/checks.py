@@ -186,9 +186,10 @@ def _ram_is_enough(root: Table, config: Config, read: Sequence[Read]) -> None:
     others = [e for e in read if e.model not in stay]
     engines = len(stay) + (1 if others else 0)
     if engines and ram < engines * HOST_PER_ENGINE_GB:
-        terms = "".join(f" - {HOST_PER_ENGINE_GB:.1f} process of {m.id}" for m in stay)
-        left = ram - len(stay) * HOST_PER_ENGINE_GB
         name = others[0].model.id if others else stay[-1].id
+        before = [m.id for m in stay if m.id != name]
+        terms = "".join(f" - {HOST_PER_ENGINE_GB:.1f} process of {each}" for each in before)
+        left = ram - len(before) * HOST_PER_ENGINE_GB
         root.section("switching").problem(
             "available_ram_gb",
             f"{name} can never run: needs {HOST_PER_ENGINE_GB:.1f} GB of host RAM;"

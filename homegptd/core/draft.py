@@ -269,6 +269,8 @@ class Draft:
         if self.stopping or (engine is not None and isinstance(engine.phase, Awake)):
             return
         for name in operation.displaced:
+            if name not in self.engines or self.engines[name].retiring:
+                continue  # a changed configuration has done without it meanwhile
             self.chores.append(Chore(Act.WAKE, name, self.now, gentle=True))
 
     def drop_chores(self, model: ModelId) -> None:

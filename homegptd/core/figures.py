@@ -69,12 +69,15 @@ def configured(engine: Engine, spec: EngineSpec) -> Engine:
 
 def identified(engine: Engine, traits: Traits) -> Engine:
     """It said which vLLM it is; what was measured with another one does not count."""
-    if engine.learnt.hoards >= HOARDS:
+    learnt = engine.learnt
+    if learnt.build not in ("", traits.build):
+        learnt = Learnt()
+    if not learnt.figures:
+        learnt = replace(learnt, figures=traits.figures)
+    learnt = replace(learnt, build=traits.build)
+    if learnt.hoards >= HOARDS:
         why = "its sleep gave too little memory back"
         traits = replace(traits, levels=frozenset(), why_no_sleep=why)
-    learnt = engine.learnt
-    if not learnt.figures or learnt.build != traits.build:
-        learnt = replace(learnt, figures=traits.figures, build=traits.build)
     return replace(engine, traits=traits, learnt=learnt)
 
 
@@ -207,7 +210,7 @@ def _pinned(engine: Engine, learnt: _Learnt, before: Held | None, after: Held) -
     if after.host_mib is None:
         return
     host = learnt.get((Kind.HOST, HOST))
-    if host is None or not engine.holds_pinned:
+    if host is None or not engine.holds_pinned or engine.pins_unsure:
         _more_host(engine, learnt, after.host_mib, after.at)
         return
     mib, least = after.host_mib - host.mib, engine.spec.pinned_mib // 2

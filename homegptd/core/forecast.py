@@ -46,7 +46,7 @@ def eta(state: State, model: ModelId, now: float, *, ordered: bool = False) -> S
             return _left(engine, now)
         case Asleep() | FallingAsleep() | Down() | Stopping():
             may = ordered or _ever_up(engine)
-            return _from_rest(state, engine, now) if may else None
+            return _from_rest(state, engine, now, ordered=ordered) if may else None
 
 
 def wait_s(state: State, model: ModelId, now: float) -> Span | None:
@@ -68,7 +68,7 @@ def wait_s(state: State, model: ModelId, now: float) -> Span | None:
 # ---------------------------------------------------------------- parts
 
 
-def _from_rest(state: State, engine: Engine, now: float) -> Span | None:
+def _from_rest(state: State, engine: Engine, now: float, *, ordered: bool) -> Span | None:
     model = engine.spec.model
     room = make_room(state, model, may_displace=is_not_pinned)
     freed = not state.freed.keys().isdisjoint(engine.spec.gpus)
@@ -82,7 +82,7 @@ def _from_rest(state: State, engine: Engine, now: float) -> Span | None:
             before = longest([clear, _left(engine, now)])
             return total([before, durations.span(engine, f"wake-{level}")])
         case Stopping() | Down():
-            at = engine.phase.retry_at
+            at = None if ordered else engine.phase.retry_at  # who orders it waits for no back-off
             pause = max((at or now) - now, 0.0)
             waits = [clear, _left(engine, now), Span(pause, pause, pause)]
             return total([longest(waits), durations.span(engine, "start")])
@@ -93,6 +93,9 @@ def _from_rest(state: State, engine: Engine, now: float) -> Span | None:
 def _left(engine: Engine, now: float) -> Span:
     """Of the order that it carries out; nothing where it carries out none."""
     phase = engine.phase
+    if isinstance(phase, Stopping) and phase.again_at is not None:  # a try has failed
+        pause = max(phase.again_at - now, 0.0)
+        return total([Span(pause, pause, pause), durations.span(engine, "stop")])
     if not in_flight(phase):
         return ZERO
     act = durations.act_of(phase)

@@ -26,6 +26,7 @@ from .model import (
     Operation,
     Startup,
     State,
+    Stopping,
     Ticket,
     Waking,
 )
@@ -86,6 +87,8 @@ def reclaim(d: Draft, gpus: tuple[Gpu, ...]) -> str:
     back = [gpu for gpu in d.freed if not gpus or gpu in gpus]
     awake = dict.fromkeys(name for gpu in back for name in d.freed[gpu].awake)
     d.freed = {gpu: lent for gpu, lent in d.freed.items() if gpu not in back}
+    for name in awake:
+        _wakes_later(d, name)
     for operation in [o for o in d.operations if o.act is Act.FREE and set(o.gpus) & set(back)]:
         text = "the GPU was reclaimed before it was empty"
         d.finish(operation, text, Refusal(Reason.CANCELLED, text))
@@ -93,7 +96,7 @@ def reclaim(d: Draft, gpus: tuple[Gpu, ...]) -> str:
     loads = [
         Chore(Act.START, engine.spec.model, d.now, gentle=True)
         for engine in here
-        if isinstance(engine.phase, Down)
+        if isinstance(engine.phase, Down | Stopping)
         and engine.phase.failure is None
         and engine.keep_loaded
         and engine.spec.startup is not Startup.DISABLED
@@ -108,6 +111,17 @@ def reclaim(d: Draft, gpus: tuple[Gpu, ...]) -> str:
     verb = "serves models again" if len(back) == 1 else "serve models again"
     coming = f"; {_list(comes)} {'wakes' if len(comes) == 1 else 'wake'}" if comes else ""
     return f"{_gpus(back)} {verb}{coming}"
+
+
+def _wakes_later(d: Draft, model: ModelId) -> None:
+    """One that needs another freed GPU too is remembered until that one is given back."""
+    gpus = d.engines[model].spec.gpus if model in d.engines else ()
+    for gpu in gpus:
+        lent = d.freed.get(gpu)
+        if lent is not None:
+            if model not in lent.awake:
+                d.freed = {**d.freed, gpu: replace(lent, awake=(*lent.awake, model))}
+            return
 
 
 def enforce(d: Draft) -> None:
@@ -144,10 +158,12 @@ def _emptied(d: Draft, gpus: tuple[Gpu, ...]) -> str:
     parts = []
     for gpu in gpus:
         held = {n: ledger.charge(e)[gpu] for n, e in d.engines.items() if ledger.charge(e)[gpu]}
-        total = d.gpus.get(gpu, 0)
-        free = f"gpu{gpu} is free: {_gb(total - sum(held.values()))} of {_gb(total)} GB"
+        total, others = d.gpus.get(gpu, 0), d.foreign.get(gpu)
+        left = total - sum(held.values()) - (others.mib if others else 0)
+        free = f"gpu{gpu} is free: {_gb(left)} of {_gb(total)} GB"
         keeps = f" (asleep there: {_list(held)}; a stop gives back the rest)" if held else ""
-        parts.append(free + keeps)
+        stranger = f" ({_gb(others.mib)} held by {others.who or 'others'})" if others else ""
+        parts.append(free + keeps + stranger)
     return "; ".join(parts)
 
 

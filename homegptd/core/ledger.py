@@ -122,10 +122,16 @@ def ram_allows(
 ) -> bool:
     """Whether host RAM has room at this moment for `model` to be put to sleep at `level`."""
     engine = engines[model]
-    if not engine.pins_unsure and asleep(engine, level)[HOST] <= charge(engine)[HOST]:
+    sure = level is SleepLevel.TWO or not engine.pins_unsure
+    if sure and asleep(engine, level)[HOST] <= charge(engine)[HOST]:
         return True  # it takes no more than it has
     others = sum(charge(engine)[HOST] for name, engine in engines.items() if name != model)
     return others + asleep(engine, level)[HOST] <= limit[HOST]
+
+
+def processes(engine: Engine) -> int:
+    """MiB of host RAM without what is pinned."""
+    return _host(engine, holds_pinned=False)
 
 
 def _on_gpus(engine: Engine, kind: Kind) -> Books:

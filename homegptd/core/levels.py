@@ -37,7 +37,8 @@ def rests_at(
     """Whether host RAM has room for `model` asleep at `level` once all orders have ended."""
     engine = engines[model]
     need = ledger.asleep(engine, level)[ledger.HOST]
-    if not engine.pins_unsure and need <= ledger.charge(engine)[ledger.HOST]:
+    sure = level is SleepLevel.TWO or not engine.pins_unsure
+    if sure and need <= ledger.charge(engine)[ledger.HOST]:
         return True  # it takes no more than it has
     others = sum(
         ledger.eventual(engine)[ledger.HOST] for name, engine in engines.items() if name != model

@@ -17,9 +17,11 @@ from .model import (
     FallingAsleep,
     ModelId,
     SleepLevel,
+    Starting,
     State,
     Stopping,
     TicketId,
+    Waking,
 )
 from .search import Way, cheapest
 from .words import count
@@ -152,12 +154,15 @@ def plan_switch(state: State, model: ModelId) -> Plan:
         lent = f"gpu{freed[0]} is freed by {state.freed[freed[0]].by}"
         again = f"homegptctl reclaim --gpu {freed[0]}"
         return Plan(model, (), fits=False, sums=(f"{lent}; to use it again: {again}",))
+    engine = state.engines[model]
+    if not isinstance(engine.phase, Down | Stopping | Asleep | FallingAsleep):
+        return Plan(model, tuple(_bringing_up(engine)), sums=sums.fitting(state, model, {}))
     room = make_room(state, model, may_displace=is_not_pinned)
     if room is None:
         lacks = sums.lacking(state, model, may_displace=is_not_pinned)
         return Plan(model, (), fits=False, sums=lacks)
     steps = [step for name, how in room.items() for step in _displacing(state, name, model, how)]
-    steps += _bringing_up(state.engines[model])
+    steps += _bringing_up(engine)
     return Plan(model, tuple(steps), sums=sums.fitting(state, model, room))
 
 
@@ -186,5 +191,10 @@ def _bringing_up(engine: Engine) -> Iterator[Step]:
         case Asleep(level=level) | FallingAsleep(level=level):
             why = f"it sleeps at level {level}"
             yield Step("wake", engine.spec.model, durations.takes(engine, f"wake-{level}"), why)
+        case Starting():
+            yield Step("start", engine.spec.model, durations.takes(engine, "start"), "under way")
+        case Waking(level=level):
+            expected_s = durations.takes(engine, f"wake-{level}")
+            yield Step("wake", engine.spec.model, expected_s, "under way")
         case _:
             return

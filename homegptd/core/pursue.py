@@ -29,6 +29,7 @@ from .model import (
     FallingAsleep,
     Gpu,
     ModelId,
+    Proof,
     Proving,
     SleepLevel,
     Starting,
@@ -354,11 +355,14 @@ class _Pass:
             )
 
     def _cannot_sleep(self, goal: Goal, engine: Engine) -> None:
-        asked = goal.operation.level if goal.operation else None
-        why = engine.traits.why_no_sleep if engine.traits else None
-        if asked is SleepLevel.TWO and why is None:
+        asked, traits = goal.operation.level if goal.operation else None, engine.traits
+        proved = traits is not None and traits.proofs.get(Proof.RELOAD, False)
+        why = traits.why_no_sleep if traits else None
+        if why is None and asked is SleepLevel.TWO and not proved:
             why = "level 2 is not proved on this box"
-        why = why or "no host RAM left and no proved level 2"
+        elif why is None:
+            other = " and no proved level 2" if asked is None and not proved else ""
+            why = f"no host RAM left{other}"
         text = f'cannot put "{goal.model}" to sleep: {why}'
         self._fail(goal, Refusal(Reason.DOES_NOT_FIT, text, f"homegptctl stop {goal.model}"))
 

@@ -68,7 +68,9 @@ def lacking(
 def no_room(state: State, model: ModelId, *, may_displace: Callable[[Engine], bool]) -> Refusal:
     """Why `model` cannot be brought up."""
     sums = "; ".join(lacking(state, model, may_displace=may_displace))
-    pinned = any(e.spec.pinned and name != model for name, e in state.engines.items())
+    need = ledger.awake(state.engines[model])
+    alone = all(mib <= _given(state, place) for place, mib in need.items())
+    pinned = alone and any(e.spec.pinned and name != model for name, e in state.engines.items())
     reason = Reason.PINNED if pinned else Reason.DOES_NOT_FIT
     text = f'cannot bring up "{model}": {sums or "no room"}'
     return Refusal(reason, text, f"homegptctl plan {model}")
@@ -117,7 +119,7 @@ def _given(state: State, place: Gpu) -> int:
 
 def _what(engine: Engine, place: Gpu, books: Mapping[Gpu, int], sleeps: bool) -> str:
     if place == HOST:
-        return "weights of" if books[HOST] > engine.spec.host_mib else "process of"
+        return "weights of" if books[HOST] > ledger.processes(engine) else "process of"
     if sleeps:
         return "residue of"
     if engine.spec.pinned:
@@ -127,20 +129,22 @@ def _what(engine: Engine, place: Gpu, books: Mapping[Gpu, int], sleeps: bool) ->
 
 def _line(state: State, place: Gpu, need: int, terms: list[_Term]) -> str:
     total = _given(state, place)
+    left = total - sum(term.mib for term in terms)
+    digits = 2 if left < need and _gb(left) == _gb(need) else 1  # what is missing must show
     shown, said = "", ""
     for term in terms:
         what = term.what
         if what == said and what.endswith(" of"):
             what = "of"  # the noun was said a moment ago
         said = term.what
-        shown += f" - {_gb(term.mib)} {what} {term.name}"
+        shown += f" - {_gb(term.mib, digits)} {what} {term.name}"
     where = "of host RAM" if place == HOST else f"on gpu{place}"
-    left = total - sum(term.mib for term in terms)
-    return f"needs {_gb(need)} GB {where}; {_gb(total)} total{shown} = {_gb(left)}"
+    has = f"{_gb(total, digits)} total{shown} = {_gb(left, digits)}"
+    return f"needs {_gb(need, digits)} GB {where}; {has}"
 
 
-def _gb(mib: int) -> str:
-    return f"{mib / 1024:.1f}"
+def _gb(mib: int, digits: int = 1) -> str:
+    return f"{mib / 1024:.{digits}f}"
 
 
 def _and(names: list[str]) -> str:

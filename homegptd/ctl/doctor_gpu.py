@@ -95,7 +95,7 @@ def _cycle(asked: Asked, model: str, level: int) -> dict[str, Any]:
     said = (
         f"level {level}: {gib(was)} GB awake, {gib(freed)} freed in {slept_s:.1f} s, {gib(kept)} "
         f"kept; woken in {again_s:.1f} s, then {gib(grown)} more; "
-        f"{gib(pinned)} pinned of {gib(host or 0)} in host RAM"
+        f"{gib(host or 0)} GB of host RAM"
     )
     return _row(model, "ok" if good else "fail", said, level=level) | {
         "awake_mib": was, "freed_mib": freed, "kept_mib": kept, "grown_mib": grown,

@@ -2,12 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Container
+from collections.abc import Awaitable, Callable
 
 from msgspec.structs import replace
 
 from homegptd.core.events import Found, Observed
-from homegptd.core.model import ModelId, Traits
+from homegptd.core.model import ModelId, Running, Traits
 from homegptd.core.refusals import Fault
 
 from .ports import EnginesPort, MeterPort, UnitsPort
@@ -15,6 +15,7 @@ from .ports import EnginesPort, MeterPort, UnitsPort
 log = logging.getLogger(__name__)
 
 Identify = Callable[[ModelId], Awaitable[Traits]]
+HasPinned = Callable[[ModelId, Running], bool | None]
 
 OBSERVE_S = 30.0
 """How long one engine may take to say what it is, in seconds; they are asked side by side."""
@@ -25,11 +26,11 @@ async def observe(
     engines: EnginesPort,
     identify: Identify,
     meter: MeterPort | None = None,
-    unpinned: Container[ModelId] | None = None,
+    has_pinned: HasPinned = lambda model, running: None,
 ) -> Observed:
     """Ask every engine that runs what it is. One that does not answer (yet) has no traits.
 
-    `unpinned`: those that have never slept at level 1, if an earlier life wrote it down.
+    `has_pinned`: what an earlier life knew of it; None: nothing.
     """
     running = await units.observe()
     found: dict[ModelId, Found] = {}
@@ -37,7 +38,7 @@ async def observe(
     async def ask(model: ModelId) -> None:
         said = await _ask(engines, model, identify)
         held = await meter.held(model) if meter is not None and said.traits is not None else None
-        pinned = None if unpinned is None else model not in unpinned
+        pinned = has_pinned(model, running[model])
         found[model] = replace(said, held=held, pinned=pinned)
 
     async with asyncio.TaskGroup() as group:

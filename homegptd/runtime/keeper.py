@@ -1,31 +1,36 @@
 """Writes down what the machine learns by itself and must know again after a restart.
 
 Orders remember their own durations; this remembers the rest: how long drains took, whom the last
-wakes were for, which GPUs are freed, and which engines have pinned no host RAM yet.
+wakes were for, which GPUs are freed, and which engines have pinned host RAM.
 """
 
 import json
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 
 from msgspec.structs import replace
 
 from homegptd.core.likely import KEPT
-from homegptd.core.model import Down, Gpu, Lent, ModelId, State
+from homegptd.core.model import Down, Gpu, Lent, ModelId, Running, State
 from homegptd.core.story import Line
 
 from .ports import StorePort
 
 FREED = "freed"
 WANTED = "wanted"
-UNPINNED = "unpinned"
+PINS = "pins"
 
 
 class Keeper:
     """`tell` it of each step that has a story; every change it cares for has one."""
 
-    def __init__(self, store: StorePort, state: State) -> None:
+    def __init__(
+        self, store: StorePort, state: State, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        """`clock`: Unix seconds."""
         self._store = store
         self._seen = state
+        self._clock = clock
 
     def tell(self, state: State, lines: Iterable[Line]) -> None:
         """Write what differs from the last time."""
@@ -35,8 +40,8 @@ class Keeper:
             self._store.remember_note(FREED, json.dumps(lent))
         if state.wanted is not before.wanted and state.wanted != before.wanted:
             self._store.remember_note(WANTED, json.dumps(list(state.wanted)))
-        if (unpinned := _unpinned(state)) != _unpinned(before):
-            self._store.remember_note(UNPINNED, json.dumps(unpinned))
+        if (pins := _pins(state)) != _pins(before):
+            self._store.remember_note(PINS, json.dumps({"at": self._clock(), "pinned": pins}))
         for name, engine in state.engines.items():
             old = before.engines.get(name)
             took = engine.took.get("drain", ())
@@ -60,20 +65,33 @@ def recall(store: StorePort, state: State) -> State:
     return replace(state, freed=freed, wanted=wanted)
 
 
-def unpinned(store: StorePort) -> frozenset[ModelId] | None:
-    """Engines that had never slept at level 1 when the last life ended; None: nothing is known."""
-    names = _read(store.note(UNPINNED))
-    if not isinstance(names, list):
-        return None
-    return frozenset(ModelId(name) for name in names if isinstance(name, str))
+class Pins:
+    """What an earlier life wrote down of pinned host RAM."""
+
+    def __init__(self, store: StorePort) -> None:
+        noted = _object(store.note(PINS))
+        at, pinned = noted.get("at"), noted.get("pinned")
+        self._at = at if isinstance(at, int | float) else 0.0
+        self._pinned = pinned if isinstance(pinned, dict) else {}
+
+    def has_pinned(self, model: ModelId, running: Running) -> bool | None:
+        """Whether this process has slept at level 1; None: nobody knows.
+
+        Nobody but the daemon puts engines to sleep, so one that had pinned nothing still has not,
+        whoever started it again meanwhile. One that had may be another since.
+        """
+        known = self._pinned.get(model)
+        if known is True and running.started_at > self._at:
+            return None
+        return known if isinstance(known, bool) else None
 
 
-def _unpinned(state: State) -> list[ModelId]:
-    return [
-        name
+def _pins(state: State) -> dict[ModelId, bool]:
+    return {
+        name: engine.holds_pinned
         for name, engine in state.engines.items()
-        if not engine.holds_pinned and not isinstance(engine.phase, Down)
-    ]
+        if not isinstance(engine.phase, Down) and not engine.pins_unsure
+    }
 
 
 def _object(text: str | None) -> dict[str, object]:

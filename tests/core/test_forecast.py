@@ -106,6 +106,13 @@ def test_two_cards_are_cleared_side_by_side_and_one_card_in_turn() -> None:
 def test_what_can_never_be_has_no_time() -> None:
     assert forecast.eta(box(a=awake(pinned=True), b=asleep()), B, 100.0) is None
     assert forecast.eta(box(b=down("no such image")), B, 100.0) is None
+    broken = box(b=down("no", retry_at=400.0))
+    assert forecast.eta(broken, B, 100.0).low_s >= 300.0
+    assert forecast.eta(broken, B, 100.0, ordered=True) == durations.span(
+        broken.engines[B], "start"
+    )
+    left = box(b=engine(Stopping(None, 90.0, again_at=130.0)))
+    assert forecast.eta(left, B, 100.0).low_s >= 30.0
     stopped = box(b=down(enabled=False))
     assert forecast.eta(stopped, B, 100.0) is None
     assert forecast.eta(stopped, B, 100.0, ordered=True) == durations.span(

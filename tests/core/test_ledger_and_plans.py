@@ -5,6 +5,7 @@ from msgspec.structs import replace
 
 from homegptd.core import ledger, plans, sums
 from homegptd.core.model import (
+    Asleep,
     FallingAsleep,
     Gpu,
     ModelId,
@@ -16,6 +17,7 @@ from homegptd.core.model import (
     Stopping,
     Waking,
 )
+from homegptd.core.refusals import Reason
 from tests.core.builders import GB, ONE, TRAITS, TWO, asleep, awake, box, down, engine
 
 A, B, C = ModelId("a"), ModelId("b"), ModelId("c")
@@ -130,6 +132,29 @@ def test_a_plan_names_its_steps_and_how_long_they_should_take() -> None:
         ("wake", B),
     ]
     assert plan.expected_s == 6.0
+
+
+def test_a_plan_for_what_comes_up_already_displaces_nobody() -> None:
+    a, b = ModelId("a"), ModelId("b")
+    phases = {"a": Starting(OrderId(1), 0.0), "b": Asleep(ONE, 0.0)}
+    state = box(**{name: engine(phase) for name, phase in phases.items()})
+    (step,) = plans.plan_switch(state, a).steps
+    assert (step.do, step.why) == ("start", "under way")
+    waking = box(b=engine(Waking(OrderId(1), 0.0, ONE)))
+    assert [step.do for step in plans.plan_switch(waking, b).steps] == ["wake"]
+    assert plans.plan_switch(box(ram=30, a=awake(), c=awake(gpus=(Gpu(1),))), a).steps == ()
+
+
+def test_a_refusal_is_not_about_pins_where_no_card_is_large_enough() -> None:
+    state = box(a=down(awake_mib=100 * GB), b=awake(pinned=True))
+    refusal = sums.no_room(state, ModelId("a"), may_displace=plans.is_not_pinned)
+    assert refusal.reason is Reason.DOES_NOT_FIT
+
+
+def test_a_sum_that_lacks_a_little_shows_it() -> None:
+    state = box(a=awake(pinned=True, awake_mib=20 * GB + 20), b=asleep(awake_mib=60 * GB))
+    (line,) = sums.lacking(state, ModelId("b"), may_displace=plans.is_not_pinned)
+    assert line == "needs 60.00 GB on gpu0; 80.00 total - 20.02 pinned a = 59.98"
 
 
 UNPROVED = replace(TRAITS, proofs={})

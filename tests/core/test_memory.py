@@ -143,6 +143,22 @@ def test_another_image_of_the_same_version_makes_estimates_of_measurements():
     assert one.learnt.build == "0.32.0 (sha256:4f1e)"
 
 
+def test_another_build_is_forgiven_what_an_older_one_did() -> None:
+    one = figures.identified(awake(), TRAITS)
+    for _ in range(figures.HOARDS):
+        one = figures.hoarding(one)
+    assert not figures.identified(one, TRAITS).traits.levels
+    assert figures.identified(one, replace(TRAITS, version="0.33.0")).traits.levels
+
+
+def test_an_engine_that_may_have_pinned_nothing_does_not_tell_what_pinning_takes() -> None:
+    one = learnt(awake(pinned_mib=4 * GB, pinned_margin_mib=4 * GB), Kind.HOST, 4, HOST)
+    unsure = figures.adopted(replace(one, pins_unsure=True), held(15, 6.2))
+    assert figures.figure(unsure, Kind.PINNED).source is Source.CONFIGURED
+    sure = figures.adopted(one, held(15, 6.2))
+    assert figures.figure(sure, Kind.PINNED).source is Source.MEASURED
+
+
 def test_other_flags_make_estimates_of_measurements():
     run = Run(box(a=learnt(asleep(fingerprint="x"), Kind.AWAKE, 50)))
     spec = replace(run.engine("a").spec, fingerprint="y")

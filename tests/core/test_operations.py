@@ -4,7 +4,7 @@ import pytest
 from msgspec.structs import replace
 
 from homegptd.core.commands import Cut, Finish, Prove, Refuse, Sleep, Start, Stop, Wake
-from homegptd.core.events import CancelAsked, OperationAsked, TicketClosed
+from homegptd.core.events import CancelAsked, ConfigChanged, OperationAsked, TicketClosed
 from homegptd.core.model import (
     Act,
     Asleep,
@@ -22,6 +22,7 @@ from homegptd.core.model import (
     Proving,
     SleepLevel,
     Starting,
+    Startup,
     Stopping,
     TicketId,
     Waking,
@@ -125,6 +126,33 @@ def test_a_sleep_at_an_unproved_level_is_refused_and_not_done_at_another() -> No
     assert "level 2 is not proved" in finish.ended.text
     only_one = replace(TRAITS, levels=frozenset({ONE}))
     assert ended(Run(box(a=awake(traits=only_one))).ask(Act.SLEEP, "a", level=TWO)) is not None
+
+
+def test_what_a_load_displaced_may_leave_the_configuration_meanwhile() -> None:
+    run = Run(box(a=awake(), b=down(startup=Startup.DISABLED)))
+    run.ask(Act.START, "b")
+    run.done("a")
+    run(
+        ConfigChanged((run.engine("b").spec,), run.state.policy, run.state.gpus, run.state.host_mib)
+    )
+    for name in ("b", "a", "b"):
+        run.done(name)
+    assert list(run.state.engines) == ["b"]
+    assert run.state.chores == ()
+
+
+def test_why_a_sleep_is_refused_is_about_the_level_that_was_asked_for() -> None:
+    proved = replace(TRAITS, proofs={Proof.RELOAD: True})
+    run = Run(box(ram=20, a=awake(holds_pinned=False, traits=proved)))
+    (end,) = [c for c in run.ask(Act.SLEEP, "a", level=ONE) if isinstance(c, Finish)]
+    assert end.ended.text == 'cannot put "a" to sleep: no host RAM left'
+
+
+def test_pins_that_are_only_assumed_are_no_reason_against_level_2() -> None:
+    proved = replace(TRAITS, proofs={Proof.RELOAD: True})
+    run = Run(box(ram=30, a=awake(pins_unsure=True, traits=proved), b=asleep(TWO)))
+    run.ask(Act.SLEEP, "a", level=TWO)
+    assert run.phase("a").level is TWO
 
 
 def test_a_sleep_at_a_level_without_ram_is_refused() -> None:

@@ -8,6 +8,7 @@ from homegptd.core.commands import Cut, Finish, Grant, Refuse, Sleep, Start, Sto
 from homegptd.core.events import ConfigChanged, Observed, ShutdownAsked, TicketClosed
 from homegptd.core.likely import likely
 from homegptd.core.machine import initial
+from homegptd.core.memory import Foreign
 from homegptd.core.model import (
     Act,
     Asleep,
@@ -21,7 +22,9 @@ from homegptd.core.model import (
     Proof,
     Starting,
     Startup,
+    Stopping,
     TicketId,
+    Waking,
 )
 from homegptd.core.refusals import Reason
 from homegptd.core.story import summary
@@ -340,6 +343,32 @@ def test_a_reclaim_in_the_middle_ends_the_free() -> None:
         Act.RECLAIM,
     }
     assert isinstance(run.phase("a"), Awake)
+
+
+def test_a_load_that_a_free_broke_off_is_made_up_for_when_it_is_cancelled() -> None:
+    run = Run(initial((spec("a"),), Policy(), {Gpu(0): 80 * GB}, 256 * GB))
+    run(Observed())
+    run.ask(Act.FREE, "")
+    assert isinstance(run.phase("a"), Stopping)
+    run.ask(Act.RECLAIM, "")
+    assert [c.model for c in run.done("a") if isinstance(c, Start)] == ["a"]
+
+
+def test_a_model_over_two_gpus_wakes_when_the_second_is_reclaimed() -> None:
+    run = Run(box(gpus=(80, 80), a=awake(gpus=(Gpu(0), Gpu(1)))))
+    run.ask(Act.FREE, "", gpus=(Gpu(0),))
+    run.done("a")
+    run.ask(Act.FREE, "", gpus=(Gpu(1),))
+    run.ask(Act.RECLAIM, "", gpus=(Gpu(0),))
+    assert isinstance(run.phase("a"), Asleep)
+    run.ask(Act.RECLAIM, "", gpus=(Gpu(1),))
+    assert isinstance(run.phase("a"), Waking)
+
+
+def test_a_free_counts_what_strangers_hold() -> None:
+    run = Run(replace(box(a=down()), foreign={Gpu(0): Foreign(15 * GB, "game (pid 7) 15.0 GB")}))
+    (end,) = [c for c in run.ask(Act.FREE, "") if isinstance(c, Finish)]
+    assert "gpu0 is free: 65.0 of 80.0 GB (15.0 held by game (pid 7) 15.0 GB)" in end.ended.text
 
 
 def test_a_daemon_that_comes_back_to_a_freed_gpu_loads_nothing_there() -> None:

@@ -6,8 +6,18 @@ from msgspec.structs import replace
 from homegptd.core.events import OperationAsked, TicketClosed
 from homegptd.core.likely import KEPT
 from homegptd.core.machine import initial
-from homegptd.core.model import Act, Gpu, Lent, ModelId, Operation, OperationId, Policy, TicketId
-from homegptd.runtime.keeper import FREED, WANTED, Keeper, recall, unpinned
+from homegptd.core.model import (
+    Act,
+    Gpu,
+    Lent,
+    ModelId,
+    Operation,
+    OperationId,
+    Policy,
+    Running,
+    TicketId,
+)
+from homegptd.runtime.keeper import FREED, PINS, WANTED, Keeper, Pins, recall
 from tests.core.builders import Run, asleep, awake, box
 from tests.runtime.small import SmallStore
 
@@ -41,23 +51,27 @@ def test_drains_and_the_last_wakes_are_remembered() -> None:
     assert recall(store, box(a=awake(), b=asleep())).wanted == (B,)
 
 
-def test_who_has_pinned_nothing_yet_is_remembered() -> None:
-    store = SmallStore()
-    run = Run(box(a=awake(holds_pinned=False), b=asleep()))
-    keeper = Keeper(store, initial((), Policy(), {}, 0))
-    assert unpinned(store) is None
+def test_who_has_pinned_host_ram_is_remembered() -> None:
+    store, clock = SmallStore(), iter((50.0, 60.0, 70.0))
+    run = Run(box(a=awake(holds_pinned=False), b=asleep(), c=awake(pins_unsure=True)))
+    keeper = Keeper(store, initial((), Policy(), {}, 0), clock=lambda: next(clock))
+    assert pins(store, started_at=9.0) == [None, None, None]
     keeper.tell(run.state, ())
-    assert unpinned(store) == {A}
+    assert pins(store, started_at=9.0) == [False, True, None]
+    assert pins(store, started_at=55.0) == [False, None, None]  # another process, by hand
     run.ask(Act.SLEEP, "a")
     keeper.tell(run.state, ())  # before the order is out
-    assert unpinned(store) == set()
+    assert pins(store, started_at=55.0) == [True, True, None]
     run.done("a")
     run.ask(Act.STOP, "a")
     run.done("a")
-    run.ask(Act.WAKE, "a")
-    run.done("a")
     keeper.tell(run.state, ())
-    assert unpinned(store) == {A}
+    assert pins(store, started_at=9.0) == [None, True, None]
+
+
+def pins(store: SmallStore, *, started_at: float) -> list[bool | None]:
+    known = Pins(store)
+    return [known.has_pinned(ModelId(name), Running(1, started_at)) for name in "abc"]
 
 
 @pytest.mark.parametrize("note", ["", "nonsense", "[]", "{}", "3", '{"x": 1, "9": {}, "0": 3}'])
@@ -65,6 +79,8 @@ def test_a_note_that_cannot_be_read_says_nothing(note: str) -> None:
     store = SmallStore()
     store.remember_note(FREED, note)
     store.remember_note(WANTED, note)
+    store.remember_note(PINS, note)
+    assert pins(store, started_at=0.0) == [None, None, None]
     state = recall(store, box(a=awake()))
     assert (dict(state.freed), state.wanted) == ({}, ())
 

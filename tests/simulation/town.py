@@ -30,7 +30,7 @@ from homegptd.core.model import (
 from homegptd.core.story import Line, summary
 from homegptd.runtime.bootstrap import observe
 from homegptd.runtime.heartbeat import Heartbeat
-from homegptd.runtime.keeper import Keeper, recall, unpinned
+from homegptd.runtime.keeper import Keeper, Pins, recall
 from homegptd.runtime.measuring import watch
 from homegptd.runtime.orders import Limits, Orders
 from homegptd.sim.physics import Box
@@ -267,7 +267,7 @@ class Town:
         notes = Notes()
         async with scheduler.running(), self._memory_watched(scheduler):
             heart = Heartbeat(notes, lambda: scheduler.state, summary)
-            keeper = Keeper(self.store, state)
+            keeper = Keeper(self.store, state, clock=self.loop.time)
             with (
                 scheduler.watched(lambda lines: keeper.tell(scheduler.state, lines)),
                 scheduler.watched(self._lines),
@@ -280,7 +280,7 @@ class Town:
                         Engines(self.machines),
                         orders.identify,
                         Meter(self.machines),
-                        unpinned(self.store),
+                        Pins(self.store).has_pinned,
                     )
                 )
                 limit_s = self._boot_bound_s(scheduler.state)
