@@ -319,6 +319,10 @@ class Units:
         self._machines = machines
 
     async def observe(self) -> Mapping[ModelId, Running]:
+        """What has left the configuration is ended, as the process backend does."""
+        for process in self._machines.living():
+            if process.model.id not in self._machines.config:
+                process.die(0, "is not configured any more")
         return {p.model.id: Running(p.pid, p.born_at) for p in self._machines.living()}
 
     async def start(self, model: ModelId) -> None:
