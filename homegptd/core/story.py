@@ -420,6 +420,10 @@ def _box(before: State, event: Event, after: State) -> Iterator[Line]:
             pass
 
 
+def _settings(engine: Engine) -> str:
+    return (engine.next_spec or engine.spec).fingerprint
+
+
 def _diff(before: State, after: State) -> str:
     given = {name for name, engine in after.engines.items() if not engine.retiring}
     parts = [_list("added", given - before.engines.keys())]
@@ -427,7 +431,7 @@ def _diff(before: State, after: State) -> str:
     renewed = {
         name
         for name in given & before.engines.keys()
-        if after.engines[name].spec.fingerprint != before.engines[name].spec.fingerprint
+        if _settings(after.engines[name]) != _settings(before.engines[name])
     }
     parts.append(_list("restarted", renewed))
     return "; ".join(part for part in parts if part) or "no engine is touched"
