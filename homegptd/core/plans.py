@@ -171,6 +171,14 @@ def _displacing(
 ) -> Iterator[Step]:
     engine = state.engines[name]
     leases = running(engine)
+    match engine.phase:
+        case Asleep(level=level, frozen=frozen) | FallingAsleep(level=level, frozen=frozen):
+            if frozen:  # nobody displaces what holds them
+                expected_s = durations.takes(engine, f"wake-{level}")
+                yield Step("wake", name, expected_s, f"it holds {count(len(frozen), 'answer')}")
+                yield Step("drain", name, None, "what was frozen goes on and ends first")
+        case _:
+            pass
     if leases:
         what, _ = drains.fate(state, engine, leases, how)
         are = f"{count(len(leases), 'answer')} {'is' if len(leases) == 1 else 'are'} running"

@@ -15,6 +15,7 @@ from homegptd.core.model import (
     Proof,
     Starting,
     Stopping,
+    TicketId,
     Waking,
 )
 from homegptd.core.refusals import Reason
@@ -143,6 +144,18 @@ def test_a_plan_for_what_comes_up_already_displaces_nobody() -> None:
     waking = box(b=engine(Waking(OrderId(1), 0.0, ONE)))
     assert [step.do for step in plans.plan_switch(waking, b).steps] == ["wake"]
     assert plans.plan_switch(box(ram=30, a=awake(), c=awake(gpus=(Gpu(1),))), a).steps == ()
+
+
+def test_a_plan_lets_frozen_answers_end_first() -> None:
+    frozen = Asleep(ONE, 0.0, frozenset({TicketId(1)}), 500.0)
+    state = box(a=engine(frozen, residue_mib=30 * GB), b=down())
+    steps = plans.plan_switch(state, ModelId("b")).steps
+    assert [f"{step.do} {step.model}" for step in steps] == [
+        "wake a",
+        "drain a",
+        "stop a",
+        "start b",
+    ]
 
 
 def test_a_refusal_is_not_about_pins_where_no_card_is_large_enough() -> None:
