@@ -98,8 +98,7 @@ class Setup:
     @property
     def plain(self) -> frozenset[ModelId]:
         """Models whose engine may know no alias: somebody else wrote how it is started."""
-        ours = {m.id for m in self.config.models if m.engine is not None and not m.engine.command}
-        return frozenset(ModelId(m.id) for m in self.config.models if m.id not in ours)
+        return frozenset(ModelId(m.id) for m in self.config.models if not _knows_aliases(m))
 
     @property
     def adjustments(self) -> dict[ModelId, Adjustment]:
@@ -189,6 +188,13 @@ def _capped(
             asleep = sum(o.residue_mib for o in specs if gpu in o.gpus and o.model != spec.model)
             awake = min(awake, round(cards[gpu].total_mib * (1 - DESKTOP_SHARE)) - asleep)
     return replace(spec, awake_mib=max(awake, math.ceil(0.9 * spec.awake_mib)))
+
+
+def _knows_aliases(model: ModelConfig) -> bool:
+    if model.engine is None:
+        return False
+    command = model.engine.command
+    return command is None or set(model.aliases) <= set(command)
 
 
 def _fingerprint(model: ModelConfig) -> str:

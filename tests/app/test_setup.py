@@ -31,6 +31,19 @@ def test_what_is_given_is_charged_with_as_much_again_for_pinned_copies() -> None
     assert spec.estimated == {Kind.HOST}
 
 
+def test_an_engine_that_others_start_may_know_no_alias() -> None:
+    text = "models:\n" + "".join(
+        f"  - {{id: {name}, gpu_memory_gb: 20, startup_mode: sleep, aliases: [x{name}]{more}}}\n"
+        for name, more in (
+            ("a", ", engine: {image: vllm, model: org/a}"),
+            ("b", ", engine: {command: [serve, --served-model-name, b, xb]}"),
+            ("c", ", engine: {command: [serve, --served-model-name, c]}"),
+            ("d", ", container_name: by-hand, host_port: 8001"),
+        )
+    )
+    assert setup(text).plain == {"c", "d"}
+
+
 def test_who_trusts_what_was_given_gets_just_that() -> None:
     spec = first("trust: configured\n" + ONE % ", weights_gb: 8, residue_gb: 1")
     assert (spec.pinned_mib, spec.pinned_margin_mib, spec.trust_given) == (8 * GIB, 0, True)
