@@ -80,7 +80,8 @@ class Engine(Scheduler):
 
     async def _executor_sleep(self, level: int, keep: Sequence[Literal["weights"]]) -> None:
         await self._stay_if_dead()
-        if self.executor_asleep:
+        half = bool(self.executor_asleep) and "weights" not in self.executor_asleep
+        if self.executor_asleep and not (half and self.profile.half_awake_sleeps):
             log.warning("Executor is already sleeping.")
             return
         if (

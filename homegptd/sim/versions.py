@@ -30,6 +30,12 @@ class Profile:
         return (0, 17) <= self.minor < (0, 24)
 
     @property
+    def half_awake_sleeps(self) -> bool:
+        """One whose weights alone are awake can be put back to sleep: the executor keeps tags
+        (0.31; seen on 0.32). Before it has one flag, and does nothing."""
+        return self.minor >= (0, 31)
+
+    @property
     def wake_retryable(self) -> bool:
         return self.minor >= (0, 29)
 

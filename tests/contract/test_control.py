@@ -86,13 +86,15 @@ async def test_a_partial_wake_still_sleeps_until_the_rest_follows(client: Client
     assert not await client.asleep()
 
 
-async def test_nothing_puts_a_half_awake_engine_back_to_sleep(client: Client):
-    """Why weights are not woken while another model still answers: there is no way back."""
+async def test_a_half_awake_engine_is_put_back_to_sleep(client: Client):
+    """Since 0.31; before, it counts as asleep and nothing happens."""
     await client.post("/sleep?level=1")
     await client.post("/wake_up?tags=weights")
     assert (await client.post("/sleep?level=1")).json["status"] == "sleeping"
     cache = await client.post("/wake_up?tags=kv_cache")
-    assert cache.json["status"] == "awake"  # the weights had stayed
+    assert cache.json["status"] == "sleeping"  # the weights had gone to sleep again
+    assert (await client.post("/wake_up")).json["status"] == "awake"
+    assert not await client.asleep()
 
 
 async def test_several_tags_are_given_by_repeating_the_parameter(client: Client):

@@ -8,6 +8,7 @@ import aiohttp
 import pytest
 
 from homegptd.sim.card import MemoryCard, new_box
+from homegptd.sim.physics import TAGS
 from homegptd.sim.server import StartFailed
 
 
@@ -113,6 +114,16 @@ async def test_before_0_24_a_partial_wake_lets_requests_run(serve, version, dies
         if not dies:
             await rig.post("/wake_up?tags=kv_cache")
         assert (await asked)[0] == (500 if dies else 200)
+
+
+@pytest.mark.parametrize(("version", "asleep"), [("0.30.0", {"kv_cache"}), ("0.31.0", {*TAGS})])
+async def test_from_0_31_on_a_half_awake_engine_goes_back_to_sleep(serve, version, asleep) -> None:
+    async with serve(version=version) as rig:
+        await rig.post("/sleep")
+        await rig.post("/wake_up?tags=weights")
+        await rig.post("/sleep")
+        assert rig.server.engine.executor_asleep == asleep
+        assert rig.server.engine.memory.asleep == asleep
 
 
 async def test_control_needs_dev_mode(serve) -> None:
