@@ -140,7 +140,7 @@ class Daemon:
             self.setup.names,
             kinds=self.setup.kinds,
             adjustments=self.setup.adjustments,
-            plain=self.setup.plain,
+            by_id_only=self.setup.by_id_only,
             logs=self._logs,
             reload=self._reload,
             accounts=self.accounts,
@@ -366,7 +366,7 @@ class Daemon:
             self.backend.replace(after)
             self.engines.update(clients(after, self.engines, before))
             self.desk.names, self.desk.kinds = after.names, after.kinds
-            self.desk.adjustments, self.desk.plain = after.adjustments, after.plain
+            self.desk.adjustments, self.desk.by_id_only = after.adjustments, after.by_id_only
             self._take_keys(keys)
             self.scheduler.post(
                 ConfigChanged(after.specs, after.policy, after.gpus, after.host_mib)

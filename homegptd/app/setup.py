@@ -96,7 +96,7 @@ class Setup:
         return {ModelId(m.id): m.engine.kind for m in self.config.models if m.engine is not None}
 
     @property
-    def plain(self) -> frozenset[ModelId]:
+    def by_id_only(self) -> frozenset[ModelId]:
         """Models whose engine may know no alias: somebody else wrote how it is started."""
         return frozenset(ModelId(m.id) for m in self.config.models if not _knows_aliases(m))
 

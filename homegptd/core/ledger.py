@@ -117,14 +117,19 @@ def fits_now(engines: Mapping[ModelId, Engine], model: ModelId, limit: Books) ->
     return within(total([*others, awake(engines[model])]), limit)
 
 
+def takes_no_more(engine: Engine, level: SleepLevel) -> bool:
+    """Whether it holds all the host RAM already that its sleep at `level` takes, for sure."""
+    sure = level is SleepLevel.TWO or not engine.pins_unsure
+    return sure and asleep(engine, level)[HOST] <= charge(engine)[HOST]
+
+
 def ram_allows(
     engines: Mapping[ModelId, Engine], model: ModelId, level: SleepLevel, limit: Books
 ) -> bool:
     """Whether host RAM has room at this moment for `model` to be put to sleep at `level`."""
     engine = engines[model]
-    sure = level is SleepLevel.TWO or not engine.pins_unsure
-    if sure and asleep(engine, level)[HOST] <= charge(engine)[HOST]:
-        return True  # it takes no more than it has
+    if takes_no_more(engine, level):
+        return True
     others = sum(charge(engine)[HOST] for name, engine in engines.items() if name != model)
     return others + asleep(engine, level)[HOST] <= limit[HOST]
 

@@ -35,11 +35,9 @@ def rests_at(
     engines: Mapping[ModelId, Engine], model: ModelId, level: SleepLevel, limit: Books
 ) -> bool:
     """Whether host RAM has room for `model` asleep at `level` once all orders have ended."""
-    engine = engines[model]
-    need = ledger.asleep(engine, level)[ledger.HOST]
-    sure = level is SleepLevel.TWO or not engine.pins_unsure
-    if sure and need <= ledger.charge(engine)[ledger.HOST]:
-        return True  # it takes no more than it has
+    if ledger.takes_no_more(engines[model], level):
+        return True
+    need = ledger.asleep(engines[model], level)[ledger.HOST]
     others = sum(
         ledger.eventual(engine)[ledger.HOST] for name, engine in engines.items() if name != model
     )

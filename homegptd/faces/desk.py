@@ -49,7 +49,7 @@ class Desk:
         *,
         kinds: Mapping[ModelId, str] | None = None,
         adjustments: Mapping[ModelId, Adjustment] | None = None,
-        plain: frozenset[ModelId] = frozenset(),
+        by_id_only: frozenset[ModelId] = frozenset(),
         logs: Logs,
         reload: Reload,
         accounts: Accounts | None = None,
@@ -59,7 +59,7 @@ class Desk:
         self.names = names
         self.kinds = kinds or {}
         self.adjustments = adjustments or {}
-        self.plain = plain
+        self.by_id_only = by_id_only
         """Models whose engine may know no alias."""
         self._logs = logs
         self._reload = reload

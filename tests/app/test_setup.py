@@ -41,7 +41,7 @@ def test_an_engine_that_others_start_may_know_no_alias() -> None:
             ("d", ", container_name: by-hand, host_port: 8001"),
         )
     )
-    assert setup(text).plain == {"c", "d"}
+    assert setup(text).by_id_only == {"c", "d"}
 
 
 def test_who_trusts_what_was_given_gets_just_that() -> None:

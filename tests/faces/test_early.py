@@ -251,6 +251,16 @@ async def test_a_wake_that_fails_is_an_error_of_the_protocol(tmp_path: Path, whe
         assert (await client.ask("/health", method="GET")).status == 200
 
 
+async def test_a_stream_that_fails_is_a_whole_message_whoever_closes_it(tmp_path: Path) -> None:
+    async with waking(tmp_path / "chat", saying(*FINE)) as (b, _):
+        client = await b.connect()
+        client.send(content=STREAM, more="Connection: close\r\n")
+        await begun(client)
+        b.desk.begin(Act.STOP, "chat", by="test")
+        async with asyncio.timeout(5):
+            assert (await client.reader.read()).endswith(b"\r\n0\r\n\r\n")
+
+
 async def test_a_failed_start_closes_the_status_line_too(tmp_path: Path) -> None:
     async with waking(tmp_path / "chat", saying(*FINE)) as (b, _):
         client = await b.connect()

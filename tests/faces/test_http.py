@@ -196,6 +196,7 @@ async def test_the_box_may_be_called_by_its_names(two: dict[str, Path], host: st
         "Host: evil.example\r\n",
         "Host: localhost.evil.example:9000\r\n",
         "Host: 127.0.0.1.evil.example\r\n",
+        "Host: [::1].evil.example\r\n",
         "Host: \r\n",
         "Origin: http://evil.example\r\n",
         "Origin: null\r\n",

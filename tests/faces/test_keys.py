@@ -164,6 +164,15 @@ async def test_models_that_a_key_may_not_use_are_not_there(two: dict[str, Path])
         assert [view["id"] for view in (await ask("/models", **GET)).json] == ["coder"]
         assert (await ask("/v1/models/chat", **GET)).status == 404
         assert (await ask(content={"messages": []})).status == 400  # the default is another
+        client = await b.connect()
+        webui = "X-HomeGPT-Client: open-webui\r\n"
+        client.send("/models/sse", method="GET", more=webui + bearer())
+        await client.head()
+        async with asyncio.timeout(5):
+            assert b'"model":"coder"' in await client.reader.readuntil(
+                b"\n\n"
+            )  # and no other first
+        client.hang_up()
 
 
 async def test_a_key_that_may_not_switch_wakes_nobody(two: dict[str, Path]) -> None:

@@ -44,7 +44,7 @@ async def test_every_route_reaches_the_model_it_names(two: box.Box, path: str) -
 
 
 async def test_an_engine_that_others_start_is_asked_by_its_id(two: box.Box) -> None:
-    two.desk.plain = frozenset({box.ModelId("chat")})
+    two.desk.by_id_only = frozenset({box.ModelId("chat")})
     for name in ("talk", "lab/Chat-7B"):
         asked = (await two.ask(content={"model": name, "messages": []})).json["asked"]
         assert asked["model"] == "chat"
