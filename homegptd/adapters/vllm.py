@@ -101,6 +101,10 @@ class VllmEngine:
             if not asleep:
                 await self._sing()
             level = await self._asleep_level() if asleep else None
+            if level is not None and self._profile.takes_back:
+                # Whoever was here before may have died between two halves of a wake, which nothing
+                # tells: on an engine that is wholly asleep this does nothing.
+                await self._order_sleep(level, SleepMode.KEEP)
             return self._traits(version, sleeping.status != 404, asleep=asleep, level=level)
 
     async def is_sleeping(self) -> bool:
@@ -129,10 +133,17 @@ class VllmEngine:
             async with self._wire.kept():
                 await self._put_to_sleep(level, mode)
 
-    async def wake(self, level: SleepLevel, *, frozen: bool) -> None:
+    async def rouse(self, level: SleepLevel) -> None:
+        with cannot(f'rouse "{self._model}"'):
+            async with self._wire.kept():
+                await self._wake_weights(level)
+                if not await self._sleeps(self._deadlines.check_s):
+                    raise Lied("vLLM was to wake its weights alone, and is awake")
+
+    async def wake(self, level: SleepLevel, *, frozen: bool, roused: bool = False) -> None:
         with cannot(f'wake "{self._model}"'):
             async with self._wire.kept():
-                await self._wake_up(level, frozen=frozen)
+                await self._wake_up(level, frozen=frozen, roused=roused)
 
     async def prove(self, proof: Proof) -> str:
         """The engine is awake, idle and nobody else's; so it is again after a proof that held."""
@@ -179,22 +190,23 @@ class VllmEngine:
         if self._profile.json_bodies and answer.pick("status") != "sleeping":
             raise Lied(f"vLLM answered /sleep with {answer.pick('status')!r}")
 
-    async def _wake_up(self, level: SleepLevel, *, frozen: bool) -> None:
-        match level:
-            case SleepLevel.ONE:
-                await self._order_wake(())
-            case SleepLevel.TWO:
-                await self._order_wake(["weights"])
-                await self._reload()
-                await self._order_wake(["kv_cache"])
-                reset = await self._ask("POST", "/reset_prefix_cache", self._deadlines.ask_s)
-                reset.required()
-            case _:
-                assert_never(level)
+    async def _wake_up(self, level: SleepLevel, *, frozen: bool, roused: bool = False) -> None:
+        by_halves = roused or level is SleepLevel.TWO
+        if by_halves and not roused:
+            await self._wake_weights(level)
+        await self._order_wake(["kv_cache"] if by_halves else ())
+        if level is SleepLevel.TWO:
+            reset = await self._ask("POST", "/reset_prefix_cache", self._deadlines.ask_s)
+            reset.required()
         if await self._sleeps(self._deadlines.check_s):
             raise Lied("vLLM answered 200 to /wake_up and still sleeps")
         kept = 1 if frozen else TOKENS_KEPT
         await self._sing(tokens=kept if level is SleepLevel.ONE else TOKENS)
+
+    async def _wake_weights(self, level: SleepLevel) -> None:
+        await self._order_wake(["weights"])
+        if level is SleepLevel.TWO:
+            await self._reload()
 
     async def _order_wake(self, tags: Iterable[str]) -> None:
         """Without tags, all of it. A 5xx (no memory) is retried once where that is safe."""
@@ -349,8 +361,15 @@ class VllmEngine:
         self, version: str, has_sleep: bool, *, asleep: bool, level: SleepLevel | None
     ) -> Traits:
         levels, why = self._levels(has_sleep=has_sleep)
-        can_keep = bool(levels) and self._profile.sleep_modes
-        return Traits(version, levels, why, can_keep=can_keep, asleep=asleep, asleep_level=level)
+        return Traits(
+            version,
+            levels,
+            why,
+            can_keep=bool(levels) and self._profile.sleep_modes,
+            can_rouse=bool(levels) and self._profile.takes_back,
+            asleep=asleep,
+            asleep_level=level,
+        )
 
     async def _rig(self, proof: Proof) -> Rig:
         canary = await self._met()

@@ -26,6 +26,11 @@ class Profile:
     """`/wake_up?tags=weights` leaves the scheduler paused (0.24+, vllm#44395)."""
     idempotent_wake: bool = False
     """A wake that ran out of memory may be asked for again (0.29+)."""
+    takes_back: bool = False
+    """/sleep takes back an engine whose weights alone are awake: the executor keeps tags (0.31+).
+
+    Before, such an engine counts as asleep and nothing happens.
+    """
     json_bodies: bool = False
     """/sleep and /wake_up say in JSON what they did (0.32+); before, bodies are empty."""
 
@@ -47,10 +52,18 @@ PROFILES = (
     Profile((0, 24), sleep_modes=True, safe_partial_wake=True),
     Profile((0, 29), sleep_modes=True, safe_partial_wake=True, idempotent_wake=True),
     Profile(
+        (0, 31),
+        sleep_modes=True,
+        safe_partial_wake=True,
+        idempotent_wake=True,
+        takes_back=True,
+    ),
+    Profile(
         (0, 32),
         sleep_modes=True,
         safe_partial_wake=True,
         idempotent_wake=True,
+        takes_back=True,
         json_bodies=True,
     ),
 )

@@ -229,6 +229,7 @@ def _policy(config: Config) -> Policy:
         on_deadline=OnDeadline(router.on_deadline),
         max_answer_s=router.max_answer_s,
         freeze_max_s=router.freeze_max_s,
+        rouse=router.rouse,
         return_to_default_s=router.return_to_default_s,
         max_waiting=router.max_waiting,
         max_wait_s=router.max_wait_s,

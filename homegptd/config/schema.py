@@ -239,6 +239,9 @@ class RouterConfig:
     """Seconds after which waiting for an answer ends, and a switch cuts it."""
     freeze_max_s: float = 600.0
     """Seconds an answer may stay frozen before its client gets an error."""
+    rouse: bool = True
+    """Whether a model's weights may come back while others still answer, where both fit
+    (vLLM 0.31+)."""
     return_to_default_s: float | None = None
     """Seconds without any request until the default model is awake again; None: never."""
     auto_switch: bool = True

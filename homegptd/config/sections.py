@@ -96,6 +96,7 @@ def router(root: Table) -> RouterConfig:
         on_deadline=table.get("on_deadline", DEADLINE, default.on_deadline),
         max_answer_s=table.get("max_answer_s", SECONDS_ABOVE_0, default.max_answer_s),
         freeze_max_s=table.get("freeze_max_s", SECONDS_ABOVE_0, default.freeze_max_s),
+        rouse=table.get("rouse", flag, default.rouse),
         return_to_default_s=table.get("return_to_default_s", SECONDS_ABOVE_0, None),
         auto_switch=table.get("auto_switch", flag, default.auto_switch),
         background_tasks=table.get("background_tasks", TASKS, default.background_tasks),

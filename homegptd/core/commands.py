@@ -17,6 +17,16 @@ class Wake(Struct, frozen=True):
     order: OrderId
     level: SleepLevel
     frozen: bool = False
+    roused: bool = False
+    """Its weights are awake already."""
+
+
+class Rouse(Struct, frozen=True):
+    """Wake its weights alone."""
+
+    model: ModelId
+    order: OrderId
+    level: SleepLevel
 
 
 class Sleep(Struct, frozen=True):
@@ -76,5 +86,5 @@ class Finish(Struct, frozen=True):
     ended: Ended
 
 
-Order = Start | Wake | Sleep | Stop | Prove
+Order = Start | Rouse | Wake | Sleep | Stop | Prove
 Command = Order | Watch | Probe | Grant | Refuse | Cut | Finish

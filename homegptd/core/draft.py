@@ -13,6 +13,7 @@ from .commands import (
     Grant,
     Prove,
     Refuse,
+    Rouse,
     Sleep,
     Start,
     Stop,
@@ -37,6 +38,8 @@ from .model import (
     Phase,
     Proof,
     Proving,
+    Roused,
+    Rousing,
     SleepLevel,
     SleepMode,
     Starting,
@@ -45,6 +48,7 @@ from .model import (
     Ticket,
     TicketId,
     Waking,
+    half_awake,
 )
 from .refusals import Reason, Refusal
 
@@ -168,10 +172,16 @@ class Draft:
         )
         self.say(Start(model, order, incarnation))
 
-    def wake(self, model: ModelId, asleep: Asleep) -> None:
+    def rouse(self, model: ModelId, asleep: Asleep) -> None:
         order = self._next_order()
-        self.phase(model, Waking(order, self.now, asleep.level, asleep.frozen))
-        self.say(Wake(model, order, asleep.level, frozen=bool(asleep.frozen)))
+        self.phase(model, Rousing(order, self.now, asleep.level))
+        self.say(Rouse(model, order, asleep.level))
+
+    def wake(self, model: ModelId, rests: Asleep | Roused) -> None:
+        order, roused = self._next_order(), isinstance(rests, Roused)
+        frozen = rests.frozen if isinstance(rests, Asleep) else frozenset[TicketId]()
+        self.phase(model, Waking(order, self.now, rests.level, frozen, roused))
+        self.say(Wake(model, order, rests.level, frozen=bool(frozen), roused=roused))
 
     def sleep(
         self,
@@ -185,7 +195,8 @@ class Draft:
         engine, order = self._drained(model), self._next_order()
         pins = level is SleepLevel.ONE
         first = pins and not engine.holds_pinned
-        phase = FallingAsleep(order, self.now, level, frozen, wanted_by, first)
+        roused = isinstance(engine.phase, Roused)
+        phase = FallingAsleep(order, self.now, level, frozen, wanted_by, first, roused)
         self.put(replace(_pins(engine) if pins else engine, phase=phase))
         self.say(Sleep(model, order, level, mode, first))
 
@@ -199,11 +210,10 @@ class Draft:
     ) -> None:
         before, order = self.engines[model].phase, self._next_order()
         self.put(self._drained(model))
-        slept = before.level if isinstance(before, Asleep) else None
-        self.phase(
-            model,
-            Stopping(order, self.now, failure, retry_at=retry_at, wanted_by=wanted_by, slept=slept),
-        )
+        roused = half_awake(before)
+        slept = before.level if isinstance(before, Asleep) or half_awake(before) else None
+        stopping = Stopping(order, self.now, failure, retry_at, None, wanted_by, slept, roused)
+        self.phase(model, stopping)
         self.say(Stop(model, order))
 
     def _drained(self, model: ModelId) -> Engine:
@@ -284,9 +294,9 @@ def _pins(engine: Engine) -> Engine:
 def in_flight(phase: Phase) -> bool:
     """Whether an order is being carried out, so that the engine's GPUs are not quiet."""
     match phase:
-        case Starting() | Waking() | FallingAsleep() | Proving():
+        case Starting() | Rousing() | Waking() | FallingAsleep() | Proving():
             return True
         case Stopping(order=order):
             return order is not None
-        case Down() | Asleep() | Awake() | Draining():
+        case Down() | Asleep() | Roused() | Awake() | Draining():
             return False

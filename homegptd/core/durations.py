@@ -1,6 +1,7 @@
 """How long acts take on this box: from its own history, else from sizes and bandwidths.
 
-An act is a word: `start`, `stop`, `first-sleep`, `sleep-1`, `sleep-2`, `wake-1`, `wake-2`, `drain`.
+An act is a word: `start`, `stop`, `first-sleep`, `sleep-1`, `sleep-2`, `wake-1`, `wake-2`, `drain`;
+`rouse-1`, `rouse-2`, and `wake-roused` for what is left of a wake then.
 The first sleep at level 1 is an act of its own, since it pins the memory that later ones use again.
 """
 
@@ -16,6 +17,7 @@ from .model import (
     EngineSpec,
     FallingAsleep,
     Phase,
+    Rousing,
     SleepLevel,
     Starting,
     Stopping,
@@ -104,6 +106,10 @@ def act_of(phase: Phase) -> str | None:
     match phase:
         case Starting():
             return "start"
+        case Rousing(level=level):
+            return f"rouse-{level}"
+        case Waking(roused=True):
+            return "wake-roused"
         case Waking(level=level):
             return f"wake-{level}"
         case FallingAsleep(level=level, first=first):
@@ -149,11 +155,11 @@ def _guess(spec: EngineSpec, act: str) -> float:
             return max(90.0, 45.0 + weights / _DISK)
         case "first-sleep":
             return max(3.0, copy + weights / _PIN)
-        case "sleep-1" | "wake-1":
+        case "sleep-1" | "wake-1" | "rouse-1":
             return max(3.0, 0.5 + copy)
-        case "sleep-2":
+        case "sleep-2" | "wake-roused":
             return 1.0
-        case "wake-2":
+        case "wake-2" | "rouse-2":
             return max(15.0, 1.0 + weights / _DISK)
         case "stop":
             return 3.0

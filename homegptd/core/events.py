@@ -65,6 +65,17 @@ class WakeEnded(Struct, frozen=True):
     crowded: Seen | None = None
 
 
+class RouseEnded(Struct, frozen=True):
+    """`before`, `after` and `crowded` as for a start."""
+
+    model: ModelId
+    order: OrderId
+    failure: Failure | None = None
+    before: Held | None = None
+    after: Held | None = None
+    crowded: Seen | None = None
+
+
 class SleepEnded(Struct, frozen=True):
     model: ModelId
     order: OrderId
@@ -155,6 +166,7 @@ Event = (
     | OperationAsked
     | CancelAsked
     | StartEnded
+    | RouseEnded
     | WakeEnded
     | SleepEnded
     | StopEnded

@@ -10,12 +10,13 @@ from typing import Any
 from msgspec.structs import replace
 
 from .memory import HOST, Figure, Figures, Gpu, Held, Kind, Learnt, Source
-from .model import Engine, EngineSpec, Traits
+from .model import Engine, EngineSpec, Traits, half_awake
 from .words import gb
 
 SHARES: Mapping[Kind, float] = {
     Kind.AWAKE: 0.01,
     Kind.RESIDUE: 0.125,
+    Kind.ROUSED: 0.02,
     Kind.PINNED: 0.02,
     Kind.HOST: 0.125,
 }
@@ -31,19 +32,22 @@ HOARDS = 2
 
 def figure(engine: Engine, kind: Kind, place: Gpu = HOST) -> Figure:
     """What is charged for it, with its source and its margin."""
-    given, measured = _given(engine, kind), engine.learnt.figures.get((kind, place))
+    given, measured = _given(engine, kind, place), engine.learnt.figures.get((kind, place))
     stands = engine.spec.trust_given and given.source is Source.CONFIGURED
     return given if measured is None or stands else measured
 
 
 def table(engine: Engine) -> Figures:
     """Every figure of an engine that counts."""
-    on_gpus = [(kind, gpu) for gpu in engine.spec.gpus for kind in (Kind.AWAKE, Kind.RESIDUE)]
+    kinds = [Kind.AWAKE, Kind.RESIDUE]
+    if _known(engine, Kind.ROUSED) or half_awake(engine.phase):
+        kinds.append(Kind.ROUSED)
+    on_gpus = [(kind, gpu) for gpu in engine.spec.gpus for kind in kinds]
     keys = [*on_gpus, (Kind.PINNED, HOST), (Kind.HOST, HOST)]
     return {(kind, place): figure(engine, kind, place) for kind, place in keys}
 
 
-def _given(engine: Engine, kind: Kind) -> Figure:
+def _given(engine: Engine, kind: Kind, place: Gpu) -> Figure:
     spec = engine.spec
     source = Source.ESTIMATED if kind in spec.estimated else Source.CONFIGURED
     match kind:
@@ -51,6 +55,11 @@ def _given(engine: Engine, kind: Kind) -> Figure:
             return Figure(spec.awake_mib, source)
         case Kind.RESIDUE:
             return Figure(spec.residue_mib, source)
+        case Kind.ROUSED:
+            share = -(-spec.pinned_mib // len(spec.gpus))
+            mib = figure(engine, Kind.RESIDUE, place).charged_mib + share
+            most = figure(engine, Kind.AWAKE, place).charged_mib
+            return Figure(min(mib + round(SHARES[kind] * mib), most), Source.ESTIMATED)
         case Kind.PINNED:
             return Figure(spec.pinned_mib, source, spec.pinned_margin_mib)
         case Kind.HOST:
@@ -75,6 +84,8 @@ def identified(engine: Engine, traits: Traits) -> Engine:
     if not learnt.figures:
         learnt = replace(learnt, figures=traits.figures)
     learnt = replace(learnt, build=traits.build)
+    if learnt.rouses_badly:
+        traits = replace(traits, can_rouse=False)
     if learnt.hoards >= HOARDS:
         why = "its sleep gave too little memory back"
         traits = replace(traits, levels=frozenset(), why_no_sleep=why)
@@ -103,14 +114,25 @@ def adopted(engine: Engine, held: Held | None) -> Engine:
     return _with(engine, figures=learnt, first_residue=left, last_residue=left)
 
 
-def woke(engine: Engine, before: Held | None, after: Held | None) -> Engine:
+def woke(
+    engine: Engine, before: Held | None, after: Held | None, *, roused: bool = False
+) -> Engine:
+    """Awake out of its sleep; `roused`: with its weights there before."""
+    return _rose(engine, before, after, Kind.ROUSED if roused else Kind.RESIDUE, Kind.AWAKE)
+
+
+def roused(engine: Engine, before: Held | None, after: Held | None) -> Engine:
+    """Its weights alone are awake."""
+    return _rose(engine, before, after, Kind.RESIDUE, Kind.ROUSED)
+
+
+def _rose(engine: Engine, before: Held | None, after: Held | None, base: Kind, now: Kind) -> Engine:
     if after is None:
         return engine
     learnt = dict(engine.learnt.figures)
-    residue = _known(engine, Kind.RESIDUE)
     moved = _moved(before, after)
-    taken = {gpu: mib + moved[gpu] for gpu, mib in residue.items() if gpu in moved}
-    _learn(engine, learnt, Kind.AWAKE, _held(after, taken), after.at)
+    taken = {gpu: mib + moved[gpu] for gpu, mib in _known(engine, base).items() if gpu in moved}
+    _learn(engine, learnt, now, _held(after, taken), after.at)
     _pinned(engine, learnt, None, after)
     return _with(engine, figures=learnt)
 
@@ -124,8 +146,8 @@ def slept(engine: Engine, before: Held | None, after: Held | None) -> Engine:
     left = _left(engine, before, after)
     last = engine.learnt.last_residue
     leaked = {gpu: max(left.get(gpu, 0) - mib, 0) for gpu, mib in last.items()}
-    awake = {gpu: mib + leaked.get(gpu, 0) for gpu, mib in before.gpu_mib.items()}
-    _learn(engine, learnt, Kind.AWAKE, awake, before.at)
+    up = {gpu: mib + leaked.get(gpu, 0) for gpu, mib in before.gpu_mib.items()}
+    _learn(engine, learnt, _up(engine), up, before.at)
     _learn(engine, learnt, Kind.RESIDUE, left, after.at)
     _pinned(engine, learnt, before, after)
     first = engine.learnt.first_residue or left
@@ -146,7 +168,7 @@ def hoarded(engine: Engine, before: Held | None, after: Held | None) -> str | No
     """The sum, if a sleep gave back less than half of what it should have; None: it did well."""
     if before is None or after is None:
         return None
-    back, was = _back(before, after), _held(before, _known(engine, Kind.AWAKE))
+    back, was = _back(before, after), _held(before, _known(engine, _up(engine)))
     for gpu in engine.spec.gpus:
         if gpu not in back or gpu not in was:
             continue
@@ -165,6 +187,11 @@ def grown(engine: Engine) -> Mapping[Gpu, int]:
 def hoarding(engine: Engine) -> Engine:
     """Its sleep gave too little back once more."""
     return _with(engine, hoards=engine.learnt.hoards + 1)
+
+
+def rouses_badly(engine: Engine) -> Engine:
+    """Its weights are not woken alone any more."""
+    return _with(engine, rouses_badly=True)
 
 
 def forgiven(engine: Engine) -> Engine:
@@ -227,6 +254,11 @@ def _more_host(engine: Engine, learnt: _Learnt, mib: int, at: float) -> None:
         _fold(learnt, Kind.HOST, HOST, mib - pinned.mib, at)
 
 
+def _up(engine: Engine) -> Kind:
+    """What it holds before it falls asleep."""
+    return Kind.ROUSED if half_awake(engine.phase) else Kind.AWAKE
+
+
 def _known(engine: Engine, kind: Kind) -> dict[Gpu, int]:
     return {place: f.mib for (k, place), f in engine.learnt.figures.items() if k is kind}
 
@@ -251,9 +283,9 @@ def _back(before: Held, after: Held) -> dict[Gpu, int]:
 def _left(engine: Engine, before: Held, after: Held) -> dict[Gpu, int]:
     if after.gpu_mib:
         return {gpu: after.gpu_mib[gpu] for gpu in engine.spec.gpus if gpu in after.gpu_mib}
-    awake, back = _known(engine, Kind.AWAKE), _back(before, after)
-    return {gpu: max(awake[gpu] - back[gpu], 0) for gpu in engine.spec.gpus
-            if gpu in awake and gpu in back}  # fmt: skip
+    up, back = _known(engine, _up(engine)), _back(before, after)
+    return {gpu: max(up[gpu] - back[gpu], 0) for gpu in engine.spec.gpus
+            if gpu in up and gpu in back}  # fmt: skip
 
 
 def _devices(before: Held | None, after: Held) -> Iterator[tuple[Gpu, int]]:

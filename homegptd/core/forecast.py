@@ -7,7 +7,7 @@ when they end, at the latest when the policy ends them.
 
 from collections.abc import Iterable, Iterator
 
-from . import durations, fairness
+from . import durations, fairness, rousing
 from .draft import in_flight
 from .drains import fate
 from .durations import ZERO, Span, longest, total
@@ -21,6 +21,8 @@ from .model import (
     FallingAsleep,
     ModelId,
     Proving,
+    Roused,
+    Rousing,
     SleepLevel,
     Starting,
     State,
@@ -44,7 +46,7 @@ def eta(state: State, model: ModelId, now: float, *, ordered: bool = False) -> S
             return ZERO
         case Starting() | Waking() | Proving():
             return _left(engine, now)
-        case Asleep() | FallingAsleep() | Down() | Stopping():
+        case Asleep() | Rousing() | Roused() | FallingAsleep() | Down() | Stopping():
             may = ordered or _ever_up(engine)
             return _from_rest(state, engine, now, ordered=ordered) if may else None
 
@@ -77,7 +79,14 @@ def _from_rest(state: State, engine: Engine, now: float, *, ordered: bool) -> Sp
     clear = _clearing(state, model, room, now)
     match engine.phase:
         case Asleep(level=level):
+            if room and rousing.possible(state, engine, [state.engines[name] for name in room]):
+                weights = durations.span(engine, f"rouse-{level}")
+                clear = _clearing(state, model, room, now, weights)
+                return total([clear, durations.span(engine, "wake-roused")])
             return total([clear, durations.span(engine, f"wake-{level}")])
+        case Rousing() | Roused():
+            before = longest([clear, _left(engine, now)])
+            return total([before, durations.span(engine, "wake-roused")])
         case FallingAsleep(level=level):
             before = longest([clear, _left(engine, now)])
             return total([before, durations.span(engine, f"wake-{level}")])
@@ -103,13 +112,22 @@ def _left(engine: Engine, now: float) -> Span:
     return span.after(now - phase.since)
 
 
-def _clearing(state: State, model: ModelId, room: Displacements, now: float) -> Span:
-    """Until all of `room` is made and the GPUs of `model` are quiet."""
+def _clearing(
+    state: State, model: ModelId, room: Displacements, now: float, meanwhile: Span = ZERO
+) -> Span:
+    """Until all of `room` is made and the GPUs of `model` are quiet.
+
+    `meanwhile`: what goes on beside the drains.
+    """
     mine = set(state.engines[model].spec.gpus)
     gpus = mine.union(*(state.engines[name].spec.gpus for name in room))
     others = [e for n, e in state.engines.items() if n != model and gpus.intersection(e.spec.gpus)]
     first = longest(
-        [*(_left(e, now) for e in others), *(_drain(state, n, room, now) for n in room)]
+        [
+            meanwhile,
+            *(_left(e, now) for e in others),
+            *(_drain(state, n, room, now) for n in room),
+        ]
     )
     in_turn = []
     for gpu in gpus:

@@ -19,6 +19,7 @@ from .model import (
     Engine,
     Failure,
     ModelId,
+    Rousing,
     Starting,
     Startup,
     State,
@@ -63,19 +64,21 @@ def is_news(state: State, missing: Mapping[Gpu, int], pressure: float) -> bool:
 
 
 def suffices(engine: Engine, seen: Seen) -> bool:
-    """Whether what is free is enough for its start or its wake.
+    """Whether what is free is enough for its start or its wake, or for its weights alone.
 
     Only where it takes more than it has: a wake takes no host RAM, so that want of it is no reason
     (`ledger.room_for` says the same, or the wake would be ordered again and again).
     """
     match engine.phase:
-        case Waking(level=level):
+        case Rousing(level=level) | Waking(level=level, roused=False):
             before, holds = ledger.asleep(engine, level), ledger.asleep(bare(engine), level)
+        case Waking(level=level):
+            before, holds = ledger.roused(engine, level), ledger.roused(bare(engine), level)
         case Starting(adopts=False):
             before = holds = ledger.Books()
         case _:
             return True
-    need, free = ledger.awake(engine), seen.free_mib
+    need, free = ledger.charge(engine), seen.free_mib
     takes = [place for place in need if place in free and need[place] > before[place]]
     return all(need[place] - holds[place] <= free[place] for place in takes)
 

@@ -18,6 +18,8 @@ from .model import (
     ModelId,
     Operation,
     Proof,
+    Roused,
+    Rousing,
     Startup,
 )
 
@@ -47,6 +49,11 @@ class Goal(Struct, frozen=True):
     def urgent(self) -> bool:
         """An operator asked: patience and residency do not count."""
         return self.operation is not None
+
+    @property
+    def cut(self) -> bool:
+        """An operator said `--now`: no answer is waited for."""
+        return self.operation is not None and self.operation.cut
 
 
 def room(d: Draft, goal: Goal) -> levels.Displacements | None:
@@ -90,7 +97,7 @@ def _gives_way(d: Draft, goal: Goal, engine: Engine) -> bool:
             return not leases and not rival and (held is None or held <= d.now)
         case Draining(leases=leases):
             return not leases
-        case Asleep() | FallingAsleep() | Down():
+        case Asleep() | Rousing() | Roused() | FallingAsleep() | Down():
             return True
         case _:
             return False

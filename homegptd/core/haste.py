@@ -19,6 +19,8 @@ from .model import (
     FallingAsleep,
     ModelId,
     Proving,
+    Roused,
+    Rousing,
     Starting,
     Waking,
 )
@@ -47,7 +49,7 @@ def _unwanted(d: Draft, goal: Goal) -> set[ModelId]:
     """The engines that have to go before `goal` is reached."""
     if goal.reach in _GOES:
         return {goal.model}
-    if isinstance(d.engines[goal.model].phase, Down | Asleep):
+    if isinstance(d.engines[goal.model].phase, Down | Asleep | Rousing | Roused):
         return set(room(d, goal) or ())
     return set()
 
@@ -55,7 +57,7 @@ def _unwanted(d: Draft, goal: Goal) -> set[ModelId]:
 def _give_up_what_hangs(d: Draft, goal: Goal) -> None:
     """Whoever says `--now` does not wait for an order in his way that outlived its time."""
     engine = d.engines[goal.model]
-    if goal.reach in _GOES or not isinstance(engine.phase, Down | Asleep):
+    if goal.reach in _GOES or not isinstance(engine.phase, Down | Asleep | Roused):
         return
     for other in list(d.engines.values()):
         near = other is not engine and not set(other.spec.gpus).isdisjoint(engine.spec.gpus)
@@ -70,7 +72,7 @@ def _give_up_what_hangs(d: Draft, goal: Goal) -> None:
 def _hangs_at(engine: Engine) -> float | None:
     """The instant from which its order in flight counts as hanging; None without such an order."""
     match engine.phase:
-        case Starting() | Waking() | FallingAsleep():
+        case Starting() | Rousing() | Waking() | FallingAsleep():
             act = durations.act_of(engine.phase)
             typical = durations.takes(engine, act) if act else 0.0
         case Proving():

@@ -20,6 +20,8 @@ from .model import (
     Gpu,
     ModelId,
     Proving,
+    Roused,
+    Rousing,
     SleepLevel,
     Starting,
     State,
@@ -45,11 +47,22 @@ def asleep(engine: Engine, level: SleepLevel) -> Books:
     return books
 
 
+def roused(engine: Engine, level: SleepLevel) -> Books:
+    """What it holds when its weights alone are awake, after a sleep at `level`."""
+    return asleep(engine, level) | _on_gpus(engine, Kind.ROUSED)
+
+
 def charge(engine: Engine) -> Books:
     """What it must be assumed to hold now."""
     match engine.phase:
         case Down():
             return Books()
+        case Rousing(level=level) | Roused(level=level):
+            return roused(engine, level)
+        case FallingAsleep(level=level, roused=True):
+            return roused(engine, level)
+        case Stopping(slept=SleepLevel() as level, roused=True):
+            return roused(engine, level)
         case Asleep(level=level) | Stopping(slept=SleepLevel() as level):
             return asleep(engine, level)
         case FallingAsleep(level=level):
@@ -64,6 +77,8 @@ def eventual(engine: Engine) -> Books:
         case Down() | Stopping():
             return Books()
         case Asleep(level=level) | FallingAsleep(level=level):
+            return asleep(engine, level)
+        case Rousing(level=level) | Roused(level=level):  # back to sleep where nobody wants it
             return asleep(engine, level)
         case Starting() | Waking() | Awake() | Draining() | Proving():
             return awake(engine)
@@ -115,6 +130,14 @@ def fits_now(engines: Mapping[ModelId, Engine], model: ModelId, limit: Books) ->
     """Whether `model` can be awake beside what the others hold at this moment."""
     others = (charge(engine) for name, engine in engines.items() if name != model)
     return within(total([*others, awake(engines[model])]), limit)
+
+
+def fits_roused(
+    engines: Mapping[ModelId, Engine], model: ModelId, level: SleepLevel, limit: Books
+) -> bool:
+    """Whether the weights of `model` have room beside what the others hold at this moment."""
+    others = (charge(engine) for name, engine in engines.items() if name != model)
+    return within(total([*others, roused(engines[model], level)]), limit)
 
 
 def takes_no_more(engine: Engine, level: SleepLevel) -> bool:

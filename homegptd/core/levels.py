@@ -44,6 +44,17 @@ def rests_at(
     return others + need <= limit[ledger.HOST]
 
 
+def why_none(engine: Engine, asked: SleepLevel | None) -> str:
+    """Why it cannot sleep now at the level that was asked for, or at any."""
+    traits = engine.traits
+    proved = traits is not None and traits.proofs.get(Proof.RELOAD, False)
+    if traits is not None and traits.why_no_sleep is not None:
+        return traits.why_no_sleep
+    if asked is SleepLevel.TWO and not proved:
+        return "level 2 is not proved on this box"
+    return f"no host RAM left{' and no proved level 2' if asked is None and not proved else ''}"
+
+
 def worth_proving(engine: Engine, policy: Policy) -> bool:
     """Whether knowing that a reload works would let it sleep at level 2."""
     traits = engine.traits

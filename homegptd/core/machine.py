@@ -22,6 +22,7 @@ from .events import (
     OperationAsked,
     ProveEnded,
     RequestArrived,
+    RouseEnded,
     ShutdownAsked,
     SleepEnded,
     StartEnded,
@@ -90,6 +91,8 @@ def _apply(d: Draft, event: Event) -> None:
             results.start_ended(d, event)
         case WakeEnded():
             results.wake_ended(d, event)
+        case RouseEnded():
+            results.rouse_ended(d, event)
         case SleepEnded():
             results.sleep_ended(d, event)
         case StopEnded():

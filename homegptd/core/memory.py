@@ -32,6 +32,8 @@ class Kind(Enum):
     """On each GPU while awake: weights, KV cache, everything."""
     RESIDUE = "residue"
     """On each GPU while asleep: context, graphs, communication buffers."""
+    ROUSED = "roused"
+    """On each GPU while its weights alone are awake: them and the residue."""
     PINNED = "pinned"
     """Host RAM pinned by the first sleep at level 1, until the process ends."""
     HOST = "host"
@@ -79,6 +81,8 @@ class Learnt(Struct, frozen=True):
     last_residue: Mapping[Gpu, int] = field(default_factory=dict)
     hoards: int = 0
     """Sleeps in a row that gave too little back."""
+    rouses_badly: bool = False
+    """Its weights did not wake alone, or not go back to sleep: that is not tried again."""
 
 
 class Card(Struct, frozen=True):

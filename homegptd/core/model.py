@@ -6,7 +6,7 @@ in `_s`; memory is MiB and ends in `_mib`.
 
 from collections.abc import Mapping
 from enum import Enum, IntEnum
-from typing import NewType
+from typing import NewType, TypeGuard
 
 from msgspec import Struct, field
 
@@ -87,6 +87,8 @@ class Traits(Struct, frozen=True):
     why_no_sleep: str | None = None
     can_keep: bool = False
     """Has `mode=keep` (0.17+)."""
+    can_rouse: bool = False
+    """Its weights can wake alone, and go back to sleep (0.31+)."""
     asleep: bool = False
     asleep_level: SleepLevel | None = None
     """Where the server can tell (its sleep gauge, 0.12+); None: unknown, or awake."""
@@ -152,6 +154,8 @@ class Policy(Struct, frozen=True):
     """After so long in which nobody wanted anything the default model is awake again."""
     max_waiting: int = 256
     max_wait_s: float = 600.0
+    rouse: bool = True
+    """Whether weights may come back while the engines in the way still answer."""
     prove_after_s: float = 300.0
     """A quiet engine proves after this long what it could not prove when it was loaded."""
     restore_after_s: float = 30.0
@@ -199,11 +203,29 @@ class Asleep(Struct, frozen=True):
     frozen_until: float | None = None
 
 
+class Rousing(Struct, frozen=True):
+    """Its weights come back while another engine still answers in its place."""
+
+    order: OrderId
+    since: float
+    level: SleepLevel
+
+
+class Roused(Struct, frozen=True):
+    """Its weights are on the GPU, and nothing else of it is awake. `level` is how it slept, and
+    will again as soon as nobody wants it awake any more."""
+
+    level: SleepLevel
+    since: float
+
+
 class Waking(Struct, frozen=True):
     order: OrderId
     since: float
     level: SleepLevel
     frozen: frozenset[TicketId] = frozenset()
+    roused: bool = False
+    """Its weights are there already."""
 
 
 class Awake(Struct, frozen=True):
@@ -243,6 +265,8 @@ class FallingAsleep(Struct, frozen=True):
     wanted_by: ModelId | None = None
     first: bool = False
     """Pins its host RAM, and so takes longer than later ones."""
+    roused: bool = False
+    """Nothing but its weights was awake."""
 
 
 class Proving(Struct, frozen=True):
@@ -264,9 +288,33 @@ class Stopping(Struct, frozen=True):
     wanted_by: ModelId | None = None
     slept: SleepLevel | None = None
     """The level at which it slept, so that it holds no more than then; None: perhaps all."""
+    roused: bool = False
+    """It may hold its weights beside that."""
 
 
-Phase = Down | Starting | Asleep | Waking | Awake | Draining | FallingAsleep | Proving | Stopping
+Phase = (
+    Down
+    | Starting
+    | Asleep
+    | Rousing
+    | Roused
+    | Waking
+    | Awake
+    | Draining
+    | FallingAsleep
+    | Proving
+    | Stopping
+)
+
+
+Sleeper = Asleep | Rousing | Roused | FallingAsleep
+"""Who is not awake, and does not come up unless somebody still wants that."""
+
+
+def half_awake(phase: Phase) -> TypeGuard[Rousing | Roused | FallingAsleep]:
+    """Whether it can hold nothing but its weights on its GPUs, beside what a sleeper keeps."""
+    roused = isinstance(phase, FallingAsleep) and phase.roused
+    return roused or isinstance(phase, Rousing | Roused)
 
 
 class Engine(Struct, frozen=True):

@@ -14,6 +14,8 @@ from .model import (
     FallingAsleep,
     ModelId,
     Proving,
+    Roused,
+    Rousing,
     Starting,
     State,
     Stopping,
@@ -87,7 +89,7 @@ def _doing(state: State, engine: Engine, now: float) -> Iterator[str]:
                 if leases:
                     yield f"Waiting for {count(len(leases), 'answer')} of {name}"
                 yield f"Stopping {name}" if how is None else f"Putting {name} to sleep"
-            rests = isinstance(engine.phase, Asleep | Draining)
+            rests = isinstance(engine.phase, Asleep | Rousing | Roused | Draining)
             yield f"{'Waking' if rests else 'Starting'} {model}"
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from msgspec import Struct
 
-from . import drains, durations, ledger, sums
+from . import drains, durations, ledger, rousing, sums
 from .ledger import Books
 from .levels import Displacements, levels
 from .likely import likely
@@ -16,6 +16,9 @@ from .model import (
     Engine,
     FallingAsleep,
     ModelId,
+    Roused,
+    Rousing,
+    Sleeper,
     SleepLevel,
     Starting,
     State,
@@ -66,7 +69,7 @@ def make_room(
         engine = state.engines[name]
         if not may_displace(engine):
             continue
-        if not isinstance(engine.phase, Asleep | FallingAsleep):
+        if not isinstance(engine.phase, Sleeper):
             options.extend(_of_awake(state, engine, chances[name], may_stop=may_stop))
         elif may_stop_sleepers:
             slower = max(_back_s(engine, None) - _back_s(engine, engine.phase.level), 0.0)
@@ -155,14 +158,15 @@ def plan_switch(state: State, model: ModelId) -> Plan:
         again = f"homegptctl reclaim --gpu {freed[0]}"
         return Plan(model, (), fits=False, sums=(f"{lent}; to use it again: {again}",))
     engine = state.engines[model]
-    if not isinstance(engine.phase, Down | Stopping | Asleep | FallingAsleep):
+    if not isinstance(engine.phase, Down | Stopping | Sleeper):
         return Plan(model, tuple(_bringing_up(engine)), sums=sums.fitting(state, model, {}))
     room = make_room(state, model, may_displace=is_not_pinned)
     if room is None:
         lacks = sums.lacking(state, model, may_displace=is_not_pinned)
         return Plan(model, (), fits=False, sums=lacks)
     steps = [step for name, how in room.items() for step in _displacing(state, name, model, how)]
-    steps += _bringing_up(engine)
+    others = [state.engines[name] for name in room]
+    steps += _bringing_up(engine, early=bool(others) and rousing.possible(state, engine, others))
     return Plan(model, tuple(steps), sums=sums.fitting(state, model, room))
 
 
@@ -191,18 +195,25 @@ def _displacing(
         yield Step("sleep", name, expected_s, f"{why} (level {how})")
 
 
-def _bringing_up(engine: Engine) -> Iterator[Step]:
+def _bringing_up(engine: Engine, *, early: bool = False) -> Iterator[Step]:
+    """`early`: its weights can come back before those in its place have ended."""
     match engine.phase:
+        case Asleep() if early:
+            expected_s = durations.takes(engine, "wake-roused")
+            yield Step("wake", engine.spec.model, expected_s, "its weights come back before")
         case Down() | Stopping():
             expected_s = durations.takes(engine, "start")
             yield Step("start", engine.spec.model, expected_s, "it is not running")
         case Asleep(level=level) | FallingAsleep(level=level):
             why = f"it sleeps at level {level}"
             yield Step("wake", engine.spec.model, durations.takes(engine, f"wake-{level}"), why)
+        case Rousing() | Roused():
+            expected_s = durations.takes(engine, "wake-roused")
+            yield Step("wake", engine.spec.model, expected_s, "its weights wake already")
         case Starting():
             yield Step("start", engine.spec.model, durations.takes(engine, "start"), "under way")
-        case Waking(level=level):
-            expected_s = durations.takes(engine, f"wake-{level}")
+        case Waking() as phase:
+            expected_s = durations.takes(engine, durations.act_of(phase) or "")
             yield Step("wake", engine.spec.model, expected_s, "under way")
         case _:
             return

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from . import foreign, ledger, plans, results, sums
+from . import foreign, ledger, levels, plans, results, rousing, sums
 from .admission import turn_away
 from .draft import Draft
 from .drains import Resting, drain_s, progress
@@ -18,7 +18,6 @@ from .goal import Goal, Reach, may_displace, room
 from .goals import arranged, goals, resting_level, restores, unproved, wakes
 from .haste import hurry
 from .idleness import may_pin_now
-from .levels import Displacements
 from .model import (
     Asleep,
     Awake,
@@ -29,8 +28,9 @@ from .model import (
     FallingAsleep,
     Gpu,
     ModelId,
-    Proof,
     Proving,
+    Roused,
+    Rousing,
     SleepLevel,
     Starting,
     Waking,
@@ -83,6 +83,8 @@ class _Pass:
     claimed: set[Gpu] = field(default_factory=set)
     kept: set[ModelId] = field(default_factory=set)
     """Engines that an earlier goal wants up."""
+    due: set[ModelId] = field(default_factory=set)
+    """Engines for which room is being made."""
 
     def run(self) -> None:
         for goal in goals(self.d):
@@ -91,6 +93,7 @@ class _Pass:
         for name, engine in list(self.d.engines.items()):
             if isinstance(engine.phase, Draining):
                 progress(self.d, engine, engine.phase, self.resting.get(name))
+        rousing.settle(self.d, self.due)
 
     # ------------------------------------------------------------ one goal
 
@@ -120,7 +123,7 @@ class _Pass:
                     self._reached(goal, "awake")
             case Draining() as phase:
                 self._undrain(engine, phase)
-            case Down() | Asleep():
+            case Down() | Asleep() | Rousing() | Roused():
                 self._bring_up(goal, engine)
             case _:
                 self._claim(engine.spec.gpus)
@@ -169,7 +172,6 @@ class _Pass:
         self._fail(goal, Refusal(Reason.BUSY, text, hint))
 
     def _to_down(self, goal: Goal, engine: Engine) -> None:
-        cut = goal.operation is not None and goal.operation.cut
         match engine.phase:
             case Down():
                 if engine.phase.failure:
@@ -177,13 +179,13 @@ class _Pass:
                 self._reached(goal, "stopped")
             case Starting():
                 self.d.stop(goal.model)
-            case Asleep(frozen=frozen) if frozen and not cut:
+            case Asleep(frozen=frozen) if frozen and not goal.cut:
                 pass  # its frozen answers wake it first; they end, then it is stopped
-            case Asleep():
+            case Asleep() | Roused():
                 self._claim(engine.spec.gpus)
                 if self.d.quiet(engine.spec.gpus):
                     self._break_off(engine)
-            case Waking() | FallingAsleep() | Proving() if cut:
+            case Rousing() | Waking() | FallingAsleep() | Proving() if goal.cut:
                 self._break_off(engine)
             case Awake() | Draining():
                 self._displace(goal, engine, None)
@@ -192,11 +194,10 @@ class _Pass:
 
     def _to_cleared(self, goal: Goal, engine: Engine) -> None:
         """What is frozen there wakes first, and its answers end; or it is stopped with `--now`."""
-        cut = goal.operation is not None and goal.operation.cut
         match engine.phase:
             case Starting(adopts=False):
                 self.d.stop(goal.model)
-            case Asleep(frozen=frozen) if frozen and cut:
+            case Asleep(frozen=frozen) if frozen and goal.cut:
                 self._break_off(engine)
             case Awake() | Draining():
                 self._displace(goal, engine, resting_level(self.d, goal))
@@ -260,17 +261,20 @@ class _Pass:
         if at > d.now:
             d.call_at(at)
             return
+        self.due.add(goal.model)
         self._remember(goal, displaced)
         for name, level in displaced.items():
             self._displace(goal, d.engines[name], level)
         fits = ledger.fits_now(d.engines, goal.model, ledger.room_for(d.state(), goal.model))
-        if not displaced and d.quiet(gpus) and fits:
-            if isinstance(engine.phase, Asleep):
+        if displaced and not goal.cut:
+            rousing.rouse(d, engine, [d.engines[name] for name in displaced])
+        elif not displaced and d.quiet(gpus) and fits:
+            if isinstance(engine.phase, Asleep | Roused):
                 d.wake(goal.model, engine.phase)
-            else:
+            elif isinstance(engine.phase, Down):
                 d.start(goal.model)
 
-    def _remember(self, goal: Goal, displaced: Displacements) -> None:
+    def _remember(self, goal: Goal, displaced: levels.Displacements) -> None:
         """A load for later borrows its room from whoever is awake."""
         if goal.reach is not Reach.LOADED:
             return
@@ -302,7 +306,6 @@ class _Pass:
 
     def _displace(self, goal: Goal, engine: Engine, level: SleepLevel | None) -> None:
         d, name = self.d, engine.spec.model
-        cut = goal.operation is not None and goal.operation.cut
         self._claim(engine.spec.gpus)
         if name in self.kept:
             return
@@ -314,9 +317,9 @@ class _Pass:
                     return
                 until = d.now + drain_s(engine, d.policy)
                 d.phase(name, Draining(phase, phase.leases, d.now, until, None, goal.model, level))
-                self.resting[name] = Resting(level, goal.model, cut=cut)
+                self.resting[name] = Resting(level, goal.model, cut=goal.cut)
             case Draining():
-                self.resting[name] = Resting(level, goal.model, cut=cut)
+                self.resting[name] = Resting(level, goal.model, cut=goal.cut)
             case Asleep() if level is None and d.quiet(engine.spec.gpus):
                 d.stop(name, wanted_by=goal.model)
             case _:
@@ -355,14 +358,7 @@ class _Pass:
             )
 
     def _cannot_sleep(self, goal: Goal, engine: Engine) -> None:
-        asked, traits = goal.operation.level if goal.operation else None, engine.traits
-        proved = traits is not None and traits.proofs.get(Proof.RELOAD, False)
-        why = traits.why_no_sleep if traits else None
-        if why is None and asked is SleepLevel.TWO and not proved:
-            why = "level 2 is not proved on this box"
-        elif why is None:
-            other = " and no proved level 2" if asked is None and not proved else ""
-            why = f"no host RAM left{other}"
+        why = levels.why_none(engine, goal.operation.level if goal.operation else None)
         text = f'cannot put "{goal.model}" to sleep: {why}'
         self._fail(goal, Refusal(Reason.DOES_NOT_FIT, text, f"homegptctl stop {goal.model}"))
 

@@ -14,6 +14,7 @@ from .events import (
     Found,
     Observed,
     ProveEnded,
+    RouseEnded,
     SleepEnded,
     StartEnded,
     StopEnded,
@@ -31,12 +32,15 @@ from .model import (
     ModelId,
     OrderId,
     Proving,
+    Roused,
+    Rousing,
     SleepLevel,
     Starting,
     Stopping,
     TicketId,
     Traits,
     Waking,
+    half_awake,
 )
 from .refusals import Reason, Refusal
 
@@ -84,7 +88,8 @@ def wake_ended(d: Draft, event: WakeEnded) -> None:
         return
     frozen = engine.phase.frozen
     awake = Awake(d.now, leases=frozen, idle_since=None if frozen else d.now)
-    timed = figures.woke(_timed(d, engine), event.before, event.after)
+    roused = engine.phase.roused
+    timed = figures.woke(_timed(d, engine), event.before, event.after, roused=roused)
     d.put(replace(timed, phase=awake, last_used=d.now, no_room=None))
     _came_up(d, event.model)
 
@@ -95,7 +100,26 @@ def _came_up(d: Draft, model: ModelId) -> None:
         d.wanted = (*d.wanted, model)[-likely.KEPT :]
 
 
+def rouse_ended(d: Draft, event: RouseEnded) -> None:
+    engine = _awaited(d, event.model, event.order, Rousing)
+    if engine is None or not isinstance(engine.phase, Rousing):
+        return
+    level = engine.phase.level
+    if event.crowded is not None:
+        d.phase(event.model, Asleep(level, d.now))
+        foreign.bar(d, event.model, event.crowded)
+        return
+    if event.failure is not None:
+        _fail(d, engine, event.failure)
+        return
+    timed = figures.roused(_timed(d, engine), event.before, event.after)
+    d.put(replace(timed, phase=Roused(level, d.now)))
+
+
 def _back_to_sleep(d: Draft, engine: Engine, phase: Waking) -> None:
+    if phase.roused:
+        d.phase(engine.spec.model, Roused(phase.level, d.now))
+        return
     until = d.now + d.policy.freeze_max_s if phase.frozen else None
     d.phase(engine.spec.model, Asleep(phase.level, d.now, phase.frozen, until))
 
@@ -109,7 +133,7 @@ def sleep_ended(d: Draft, event: SleepEnded) -> None:
         return
     why = figures.hoarded(engine, event.before, event.after)
     if why is not None:
-        d.put(figures.hoarding(engine))
+        d.put(engine if engine.phase.roused else figures.hoarding(engine))
         text = f"vLLM says that it sleeps, but only {why}"
         _fail(d, d.engines[event.model], Failure(text, f"homegptctl logs {event.model}"))
         return
@@ -170,7 +194,7 @@ def engine_died(d: Draft, event: EngineDied) -> None:
     match engine.phase:
         case Down() | Stopping() | Starting():
             pass  # already known, ordered, or told by the start itself
-        case Asleep() | Waking() | Awake() | Draining() | FallingAsleep() | Proving():
+        case _:
             _fail(d, engine, event.failure)
 
 
@@ -250,6 +274,8 @@ def _fail(d: Draft, engine: Engine, failure: Failure, *, again_at_once: bool = T
     d.cut(
         frozen(engine), text, retry_after_s=None if retry_at is None else max(1.0, retry_at - d.now)
     )
+    if half_awake(engine.phase):
+        engine = figures.rouses_badly(engine)
     d.put(replace(engine, failures=failures))
     d.stop(name, failure, retry_at=retry_at)
     d.drop_chores(name)

@@ -40,6 +40,8 @@ from .model import (
     Phase,
     Proof,
     Proving,
+    Roused,
+    Rousing,
     Starting,
     Startup,
     State,
@@ -117,6 +119,10 @@ def phase_word(phase: Phase) -> str:
             return "starting"
         case Asleep():
             return "asleep"
+        case Rousing():
+            return "rousing"
+        case Roused():
+            return "roused"
         case Waking():
             return "waking"
         case Awake():
@@ -135,7 +141,7 @@ def phase_word(phase: Phase) -> str:
 
 def ends_first(phase: Phase) -> bool:
     """Whether a stop waits for an order in flight, unless somebody says `--now`."""
-    return isinstance(phase, Waking | FallingAsleep | Proving)
+    return isinstance(phase, Rousing | Waking | FallingAsleep | Proving)
 
 
 # ---------------------------------------------------------------- phases
@@ -179,15 +185,21 @@ def _sentence(
             verb = "was found asleep" if adopted else "is asleep"
             held_back = f" with {count(len(frozen), 'frozen answer')}" if frozen else ""
             return "info", f"{name} {verb} at level {level}{held_back}{_how(was, took)}"
-        case Waking(level=level):
-            return "info", f"{name} is waking from level {level}"
+        case Rousing():
+            return "info", f"{name} is rousing: its weights come back meanwhile"
+        case Roused():
+            return "info", f"{name} is roused: its weights are back{_how(was, took)}"
+        case Waking(level=level, roused=roused):
+            there = "; its weights are back already" if roused else ""
+            return "info", f"{name} is waking from level {level}{there}"
         case Awake():
             return "info", _awake_again(was, event, name, took)
         case Draining() as phase:
             return "info", f"{_whom(after, phase.wanted_by, name)} {_drains(phase, engine, after)}"
         case FallingAsleep(level=level, frozen=frozen) as phase:
             frozen_first = f"{count(len(frozen), 'answer')} frozen, " if frozen else ""
-            text = f"{frozen_first}falling asleep at level {level}"
+            again = " again: nobody wants it any more" if phase.roused else ""
+            text = f"{frozen_first}falling asleep at level {level}{again}"
             return "info", _leaving(was, after, phase.wanted_by, name, text, took)
         case Proving(proof=proof):
             text = f"proving whether {DOING[proof]} works here"
@@ -265,6 +277,10 @@ def _how(was: Phase, took: float) -> str:
     match was:
         case Starting():
             return f" (started in {took:.1f} s)"
+        case Rousing():
+            return f" (took {took:.1f} s)"
+        case Waking(roused=True):
+            return f" (woken in {took:.1f} s, after its weights)"
         case Waking(level=level):
             return f" (woken from level {level} in {took:.1f} s)"
         case FallingAsleep():
@@ -273,7 +289,7 @@ def _how(was: Phase, took: float) -> str:
             return f" (tried {DOING[proof]} in {took:.1f} s)"
         case Stopping():
             return f" (stopped in {took:.1f} s)"
-        case Down() | Asleep() | Awake() | Draining():
+        case Down() | Asleep() | Roused() | Awake() | Draining():
             return ""
         case _:
             assert_never(was)

@@ -11,7 +11,7 @@ from msgspec import Struct
 from . import ledger
 from .ledger import HOST, Books
 from .levels import Displacements, levels
-from .model import Asleep, Awake, Down, Draining, Engine, FallingAsleep, Gpu, ModelId, State
+from .model import Awake, Down, Draining, Engine, Gpu, ModelId, Sleeper, State
 from .refusals import Reason, Refusal
 
 
@@ -82,7 +82,7 @@ def _asleep_together(
     """Everybody who may be displaced sleeps as he best can; who cannot sleep is stopped."""
     room = {}
     for name, engine in state.engines.items():
-        if name == model or stays(engine) or isinstance(engine.phase, Asleep | FallingAsleep):
+        if name == model or stays(engine) or isinstance(engine.phase, Sleeper):
             continue
         room[name] = next(levels(engine, state.policy), None)
     return room
@@ -106,7 +106,7 @@ def _terms(
             else ledger.asleep(engine, level)
         )  # fmt: skip
         if books[place]:
-            sleeps = displaced or isinstance(engine.phase, Asleep | FallingAsleep)
+            sleeps = displaced or isinstance(engine.phase, Sleeper)
             yield _Term(books[place], _what(engine, place, books, sleeps), name, stays(engine))
     others = ledger.foreign(state, place)
     if others:

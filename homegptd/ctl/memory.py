@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     from .asked import Asked
 
 _HEADER = ("MODEL", "WHAT", "WHERE", "GIB", "MARGIN", "SOURCE", "AGE", "HOLDS NOW")
-_WORDS = {"awake": "awake", "residue": "asleep", "pinned": "pinned", "host": "processes"}
+_WORDS = {
+    "awake": "awake",
+    "residue": "asleep",
+    "roused": "roused",
+    "pinned": "pinned",
+    "host": "processes",
+}
 _NUMBERS = (3, 4)
 
 

@@ -10,7 +10,16 @@ if TYPE_CHECKING:
 
     from .render import Style
 
-MOVING = ("starting", "waking", "draining", "falling-asleep", "stopping", "proving")
+MOVING = (
+    "starting",
+    "rousing",
+    "roused",
+    "waking",
+    "draining",
+    "falling-asleep",
+    "stopping",
+    "proving",
+)
 _OPEN = ("drain", "prove")  # they take as long as an answer, or a trial, takes
 
 

@@ -13,7 +13,16 @@ if TYPE_CHECKING:
     from .render import Style
 
 _HEADER = ("  MODEL", "STATE", "SINCE", "MEMORY", "REQS")
-_MOVING = ("starting", "waking", "draining", "falling-asleep", "stopping", "proving")
+_MOVING = (
+    "starting",
+    "rousing",
+    "roused",
+    "waking",
+    "draining",
+    "falling-asleep",
+    "stopping",
+    "proving",
+)
 _LOOKS = {  # glyph, glyph without Unicode, colour
     "awake": ("●", "*", "green"),
     "asleep": ("○", "o", "blue"),

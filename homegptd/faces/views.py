@@ -21,6 +21,8 @@ from homegptd.core.model import (
     ModelId,
     Phase,
     Proving,
+    Roused,
+    Rousing,
     Starting,
     State,
     Stopping,
@@ -40,6 +42,7 @@ _GIB = 1024
 _FIGURES: Mapping[Kind, wire.FigureWord] = {
     Kind.AWAKE: "awake",
     Kind.RESIDUE: "residue",
+    Kind.ROUSED: "roused",
     Kind.PINNED: "pinned",
     Kind.HOST: "host",
 }
@@ -58,6 +61,10 @@ def phase_word(phase: Phase) -> wire.PhaseWord:
             return "starting"
         case Asleep():
             return "asleep"
+        case Rousing():
+            return "rousing"
+        case Roused():
+            return "roused"
         case Waking():
             return "waking"
         case Awake():
@@ -83,7 +90,9 @@ def model_status(engine: Engine) -> wire.ModelStatus:
             if _failure(engine) is not None:
                 return "error"
             return "stopped" if engine.enabled else "disabled"
-        case Starting() | Waking() | FallingAsleep() | Proving() | Stopping():
+        case Starting() | Rousing() | Roused() | Waking():
+            return "switching"
+        case FallingAsleep() | Proving() | Stopping():
             return "switching"
 
 
@@ -224,6 +233,10 @@ def _why(state: State, engine: Engine) -> str:
             return (
                 f"weights in RAM (level {level})" if level == 1 else "weights discarded (level 2)"
             )
+        case Rousing():
+            return "its weights come back while others still answer"
+        case Roused():
+            return "its weights are back; wakes when others have ended"
         case Waking():
             return "waking"
         case Awake():
@@ -310,6 +323,8 @@ def _average(spread: Spread) -> float | None:
 def _level(phase: Phase) -> wire.Level | None:
     match phase:
         case Asleep(level=level) | FallingAsleep(level=level) | Waking(level=level):
+            return 1 if level == 1 else 2
+        case Rousing(level=level) | Roused(level=level):
             return 1 if level == 1 else 2
         case _:
             return None

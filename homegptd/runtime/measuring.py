@@ -41,10 +41,10 @@ class Measuring:
     async def held(self, model: ModelId) -> Held | None:
         return await self._meter.held(model)
 
-    async def crowded(self, model: ModelId) -> Seen | None:
+    async def crowded(self, model: ModelId, *, patient: bool = True) -> Seen | None:
         """None if there is room for the engine's start or wake, at once or soon; else what there
-        is instead."""
-        end = asyncio.get_running_loop().time() + SETTLE_S
+        is instead. For its weights alone it must be there at once: others wait for that order."""
+        end = asyncio.get_running_loop().time() + (SETTLE_S if patient else 0.0)
         while True:
             seen, engine = await self._meter.seen(), self._state().engines.get(model)
             if seen is None or engine is None or foreign.suffices(engine, seen):

@@ -9,11 +9,12 @@ from typing import assert_never
 from msgspec.structs import replace
 
 from homegptd.core import durations
-from homegptd.core.commands import Order, Probe, Prove, Sleep, Start, Stop, Wake, Watch
+from homegptd.core.commands import Order, Probe, Prove, Rouse, Sleep, Start, Stop, Wake, Watch
 from homegptd.core.events import (
     EngineDied,
     Event,
     ProveEnded,
+    RouseEnded,
     SleepEnded,
     StartEnded,
     StopEnded,
@@ -27,6 +28,7 @@ from homegptd.core.model import (
     Failure,
     ModelId,
     Proof,
+    Roused,
     Starting,
     State,
     Traits,
@@ -100,8 +102,8 @@ class Orders:
                 self._asking[command.model] = task
             return
         if isinstance(command, Watch):
-            task = group.create_task(self._watch(command), name=name)
-            _replace(self._watching, command.model, task)
+            _cancel(self._watching.get(command.model))
+            self._watching[command.model] = group.create_task(self._watch(command), name=name)
             return
         before = self._running.pop(command.model, None)
         if isinstance(command, Stop):
@@ -129,8 +131,10 @@ class Orders:
         match command:
             case Start():
                 return self._timed("start", command.model, self._start(command))
+            case Rouse():
+                return self._timed(f"rouse-{command.level}", command.model, self._rouse(command))
             case Wake():
-                act = f"wake-{command.level}"
+                act = "wake-roused" if command.roused else f"wake-{command.level}"
                 return self._timed(act, command.model, self._wake(command))
             case Sleep():
                 act = "first-sleep" if command.first else f"sleep-{command.level}"
@@ -212,12 +216,21 @@ class Orders:
         """Proofs hold for this configuration and this image's vLLM, and for no other."""
         return f"{self._state().engines[model].spec.fingerprint}/{traits.build}"
 
+    async def _rouse(self, order: Rouse) -> Event:
+        model = order.model
+        if crowded := await self._memory.crowded(model, patient=False):
+            return RouseEnded(model, order.order, crowded=crowded)
+        before = await self._memory.held(model)
+        await self._engines[model].rouse(order.level)
+        after = await self._memory.held(model)
+        return RouseEnded(model, order.order, before=before, after=after)
+
     async def _wake(self, order: Wake) -> Event:
         model = order.model
         if crowded := await self._memory.crowded(model):
             return WakeEnded(model, order.order, crowded=crowded)
         before = await self._memory.held(model)
-        await self._engines[model].wake(order.level, frozen=order.frozen)
+        await self._engines[model].wake(order.level, frozen=order.frozen, roused=order.roused)
         after = await self._memory.held(model)
         return WakeEnded(model, order.order, before=before, after=after)
 
@@ -333,7 +346,7 @@ class Orders:
 
     def _settled(self, model: ModelId) -> bool:
         engine = self._state().engines.get(model)
-        return engine is not None and isinstance(engine.phase, Awake | Asleep | Draining)
+        return engine is not None and isinstance(engine.phase, Awake | Asleep | Roused | Draining)
 
 
 def _died_starting(model: ModelId, exited: Exit) -> Fault:
@@ -353,6 +366,8 @@ def _failed(command: Order, failure: Failure) -> Event:
     match command:
         case Start():
             return StartEnded(command.model, command.order, failure=failure)
+        case Rouse():
+            return RouseEnded(command.model, command.order, failure)
         case Wake():
             return WakeEnded(command.model, command.order, failure)
         case Sleep():
@@ -374,13 +389,6 @@ def _failure(fault: Fault) -> Failure:
 def _cancel(task: asyncio.Task[None] | None) -> None:
     if task is not None:
         task.cancel()
-
-
-def _replace(
-    tasks: dict[ModelId, asyncio.Task[None]], model: ModelId, task: asyncio.Task[None]
-) -> None:
-    _cancel(tasks.get(model))
-    tasks[model] = task
 
 
 def _nobody(event: Event) -> None:

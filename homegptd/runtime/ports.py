@@ -54,10 +54,15 @@ class EnginePort(Protocol):
         """A verified transaction: `/sleep`, `/is_sleeping`. Whether memory came back is for the
         meter to say."""
 
-    async def wake(self, level: SleepLevel, *, frozen: bool) -> None:
+    async def rouse(self, level: SleepLevel) -> None:
+        """Wake its weights alone, for level 2 with a reload: it still counts as asleep, and may be
+        put to sleep again. Only where `Traits.can_rouse`."""
+
+    async def wake(self, level: SleepLevel, *, frozen: bool, roused: bool = False) -> None:
         """A verified transaction: wake, for level 2 reload in between, canary.
 
         `frozen`: answers are held in the engine and go on; the canary then runs beside them.
+        `roused`: its weights are awake already.
         """
 
     async def is_sleeping(self) -> bool:

@@ -15,7 +15,8 @@ class MemoryView(TypedDict):
 
 
 class FigureView(TypedDict):
-    """What is reckoned with: awake and residue on one GPU, pinned and host in the host's RAM."""
+    """What is reckoned with: awake, residue and roused (its weights alone are awake) on one GPU,
+    pinned and host in the host's RAM."""
 
     kind: FigureWord
     gpu: Annotated[int | None, "null: the host's RAM"]

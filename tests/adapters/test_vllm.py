@@ -395,3 +395,57 @@ async def test_a_model_that_is_asked_for_a_word_says_one_or_is_at_fault(tmp_path
         await b.engine.check()  # every other question is answered
         with pytest.raises(Hung, match='cannot get a word out of "coder"'):
             await b.engine.speak()
+
+
+# --- weights that wake alone
+
+
+@pytest.mark.parametrize("version", ["0.31.0", "0.33.0"])
+@pytest.mark.parametrize("level", list(SleepLevel))
+async def test_weights_wake_alone_and_go_again(tmp_path: Path, version: str, level: SleepLevel):
+    async with box(tmp_path, version=version) as made:
+        assert (await made.engine.identify()).can_rouse
+        awake = made.used_mib()
+        await made.engine.sleep(level, WAIT)
+        asleep = made.used_mib()
+        await made.engine.rouse(level)
+        assert await made.engine.is_sleeping()
+        share = 4 * 1024
+        assert made.used_mib() == {gpu: mib + share for gpu, mib in asleep.items()}
+        await made.engine.sleep(level, WAIT)
+        assert made.used_mib() == asleep
+        await made.engine.wake(level, frozen=False)
+        await made.engine.sleep(level, WAIT)
+        await made.engine.rouse(level)
+        await made.engine.wake(level, frozen=False, roused=True)
+        assert made.used_mib() == awake
+
+
+async def test_before_0_31_nothing_takes_them_back(tmp_path: Path):
+    async with box(tmp_path, version="0.30.0") as made:
+        assert not (await made.engine.identify()).can_rouse
+
+
+@pytest.mark.parametrize("level", list(SleepLevel))
+async def test_who_died_between_two_halves_of_a_wake_leaves_nothing_on_the_card(
+    tmp_path: Path, level: SleepLevel
+):
+    async with box(tmp_path, version="0.32.0") as made:
+        await made.engine.identify()
+        await made.engine.sleep(level, WAIT)
+        asleep = made.used_mib()
+        await made.engine.rouse(level)
+        adopted = VllmEngine(ModelId("coder"), tmp_path / "s", deadlines=SHORT)
+        traits = await adopted.identify()
+        assert (traits.asleep, traits.asleep_level) == (True, level)
+        assert made.used_mib() == asleep
+        await adopted.wake(level, frozen=False)
+
+
+async def test_an_engine_that_wakes_wholly_instead_has_lied(tmp_path: Path):
+    async with box(tmp_path, version="0.31.0") as made:
+        await made.engine.identify()
+        await made.engine.sleep(ONE, WAIT)
+        whole = made.server.engine.wake
+        made.server.engine.wake = lambda tags: whole(None)
+        assert isinstance(await fault_of(made.engine.rouse(ONE)), Lied)

@@ -19,7 +19,8 @@ from homegptd.adapters.vllm_versions import PROFILES, profile_of
         ("0.23.9", (0, 17)),
         ("0.24.0rc1", (0, 24)),
         ("0.29.0+cpu", (0, 29)),
-        ("v0.31.0", (0, 29)),
+        ("v0.30.2", (0, 29)),
+        ("v0.31.0", (0, 31)),
         ("0.32.0", (0, 32)),
         ("0.33.1rc2.dev7+gabcdef", (0, 32)),
         ("0.99.0", (0, 32)),
@@ -33,7 +34,14 @@ def test_a_version_finds_its_row(version: str, since: tuple[int, int]):
 
 def test_what_a_release_can_do_its_successors_can_too():
     abilities = [
-        (p.sleeps, p.sleep_modes, p.safe_partial_wake, p.idempotent_wake, p.json_bodies)
+        (
+            p.sleeps,
+            p.sleep_modes,
+            p.safe_partial_wake,
+            p.idempotent_wake,
+            p.takes_back,
+            p.json_bodies,
+        )
         for p in PROFILES
     ]
     for earlier, later in pairwise(abilities):

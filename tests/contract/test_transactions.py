@@ -56,6 +56,39 @@ async def test_it_sleeps_and_wakes(engine: VllmEngine, level: SleepLevel, mode: 
         await engine.check()
 
 
+@pytest.mark.parametrize("level", LEVELS)
+async def test_its_weights_wake_alone_and_go_again_or_the_rest_follows(
+    engine: VllmEngine, level: SleepLevel
+):
+    await engine.sleep(level, SleepMode.WAIT)
+    for follows in (False, True):
+        await engine.rouse(level)
+        assert await engine.is_sleeping()
+        await engine.check()
+        if follows:
+            await engine.wake(level, frozen=False, roused=True)
+            assert not await engine.is_sleeping()
+        else:
+            await engine.sleep(level, SleepMode.WAIT)
+            assert await engine.is_sleeping()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+async def test_weights_that_somebody_left_awake_go_when_it_is_identified(
+    engine: VllmEngine, server: Server, client: Client, level: SleepLevel
+):
+    await engine.sleep(level, SleepMode.WAIT)
+    await engine.rouse(level)
+    adopted = VllmEngine(ModelId("tiny"), server.uds)
+    traits = await adopted.identify()
+    assert (traits.asleep, traits.asleep_level, traits.can_rouse) == (True, level, True)
+    rest = await client.post("/wake_up?tags=kv_cache")
+    assert rest.json["status"] == "sleeping"  # the weights had gone
+    assert (await client.post("/wake_up?tags=weights")).json["status"] == "awake"
+    if level is SleepLevel.TWO:
+        await client.post("/collective_rpc", {"method": "reload_weights"})
+
+
 async def test_a_frozen_answer_shares_the_engine_with_the_canary(
     engine: VllmEngine, client: Client
 ):

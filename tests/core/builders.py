@@ -4,13 +4,14 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from homegptd.core.commands import Command, Finish, Order, Prove, Sleep, Start, Stop, Wake
+from homegptd.core.commands import Command, Finish, Order, Prove, Rouse, Sleep, Start, Stop, Wake
 from homegptd.core.draft import Outcome
 from homegptd.core.events import (
     Event,
     OperationAsked,
     ProveEnded,
     RequestArrived,
+    RouseEnded,
     SleepEnded,
     StartEnded,
     StopEnded,
@@ -112,7 +113,7 @@ class Run:
         assert violations(self.last.state, self.state) == []
         self.state = self.last.state
         for command in self.last.commands:
-            if isinstance(command, Start | Wake | Sleep | Stop | Prove):
+            if isinstance(command, Start | Rouse | Wake | Sleep | Stop | Prove):
                 self.orders[command.model] = command
             self.ended += isinstance(command, Finish)
         return self.last.commands
@@ -148,6 +149,8 @@ def result(order: Order, *, failure: Failure | None = None, traits: Traits = TRA
     match order:
         case Start(model, number):
             return StartEnded(model, number, None if failure else traits, failure)
+        case Rouse(model, number):
+            return RouseEnded(model, number, failure)
         case Wake(model, number):
             return WakeEnded(model, number, failure)
         case Sleep(model, number):

@@ -1,6 +1,7 @@
 """Switches under load, through the real daemon and simulated engines over real sockets."""
 
 import asyncio
+import json
 import os
 import signal
 from typing import Any
@@ -107,6 +108,68 @@ async def test_a_client_that_leaves_the_queue_wakes_nobody(box: Box) -> None:
             await long
         assert box.model("a")["phase"] == "awake"
         assert "b is waking" not in box.log()
+
+
+PATIENT = "drain_s: 30, on_deadline: wait, patience_s: 0, min_residency_s: 0"
+
+
+async def test_weights_come_back_while_another_still_answers(box: Box) -> None:
+    two(box, router=PATIENT)
+    with box.daemon() as daemon:
+        daemon.ready()
+        async with client(box) as session, asyncio.TaskGroup() as group:
+            alone = await streamed(session, "a", 1200)
+            begun = asyncio.Event()
+            long = group.create_task(streamed(session, "a", 1200, begun))
+            await begun.wait()
+            waiting = group.create_task(answer(session, "b"))
+            await asyncio.to_thread(daemon.status_line, "b roused")
+            assert not long.done()
+        assert long.result() == alone
+        assert waiting.result().startswith("This is b")
+        assert "after its weights" in box.log()
+
+
+async def test_weights_that_nobody_wants_any_more_go_again(box: Box) -> None:
+    two(box, router=PATIENT)
+    with box.daemon("--card-file", str(box.card)) as daemon:
+        daemon.ready()
+        async with client(box) as session, asyncio.TaskGroup() as group:
+            begun = asyncio.Event()
+            long = group.create_task(streamed(session, "a", 2400, begun))
+            await begun.wait()
+            waiting = group.create_task(answer(session, "b"))
+            await asyncio.to_thread(daemon.status_line, "b roused")
+            waiting.cancel()
+            await asyncio.to_thread(daemon.status_line, "a awake, 1 asleep")
+            assert not long.done()
+            memory = json.loads(box.ctl("--json", "memory", "b").stdout)["models"][0]
+            assert memory["holds_gpu_mib"] == {"0": 1024}
+            assert (9 * 1024, "measured") in {(f["mib"], f["source"]) for f in memory["figures"]}
+        assert "b is falling asleep at level 1 again" in box.log()
+        assert (await call(box, "switch", model="b"))["state"] == "done"
+
+
+async def test_weights_that_a_killed_daemon_left_awake_go_at_its_return(box: Box) -> None:
+    two(box, router=PATIENT)
+    with box.daemon() as daemon:
+        daemon.ready()
+        daemon.sweep = False
+        async with client(box) as session, asyncio.TaskGroup() as group:
+            begun = asyncio.Event()
+            long = group.create_task(streamed(session, "a", 2400, begun))
+            await begun.wait()
+            waiting = group.create_task(answer(session, "b"))
+            await asyncio.to_thread(daemon.status_line, "b roused")
+            daemon.kill()
+            long.cancel()
+            waiting.cancel()
+    with box.daemon("--card-file", str(box.card)) as daemon:
+        daemon.ready()
+        assert box.model("b")["phase"] == "asleep"
+        memory = json.loads(box.ctl("--json", "memory", "b").stdout)["models"][0]
+        assert memory["holds_gpu_mib"] == {"0": 1024}
+        assert (await call(box, "switch", model="b"))["state"] == "done"
 
 
 async def test_the_stop_waits_for_running_answers_and_turns_away_new_ones(box: Box) -> None:

@@ -19,6 +19,8 @@ from homegptd.core.events import (
 from homegptd.core.machine import initial
 from homegptd.core.model import (
     Act,
+    Asleep,
+    Awake,
     EngineSpec,
     Failure,
     Gpu,
@@ -45,6 +47,7 @@ traits = st.builds(
         [frozenset({ONE, TWO}), frozenset({ONE, TWO}), frozenset({ONE}), frozenset()]
     ),
     can_keep=st.sampled_from([True, True, False]),
+    can_rouse=st.sampled_from([True, True, True, False]),
     proofs=st.sampled_from(
         [{}, {Proof.FREEZE: True}, {Proof.FREEZE: True, Proof.RELOAD: True}, {Proof.RELOAD: False}]
     ),
@@ -74,7 +77,7 @@ def specs(draw: st.DrawFn, name: ModelId, gpus: int) -> EngineSpec:
         gpus=tuple(Gpu(n) for n in sorted(draw(places))),
         awake_mib=residue + draw(st.integers(10, 88)),
         residue_mib=residue,
-        pinned_mib=draw(st.integers(1, 60)),
+        pinned_mib=draw(st.integers(1, 12) | st.integers(1, 60)),
         host_mib=draw(st.sampled_from([1, 3, 8, 25])),
         startup=draw(st.sampled_from([Startup.SLEEP, Startup.ACTIVE, *Startup])),
         level=draw(st.sampled_from([None, None, ONE, TWO])),
@@ -251,6 +254,28 @@ class Machine(RuleBasedStateMachine):
                 self.box.now = self.box.wake_at
                 self.box.feed(TimePassed())
 
+    def rivals(self) -> list[tuple[ModelId, ModelId]]:
+        """An engine that is awake, and one that sleeps on the same GPU."""
+        engines = self.box.state.engines.values()
+        return [
+            (up.spec.model, down.spec.model)
+            for up in engines
+            for down in engines
+            if isinstance(up.phase, Awake) and isinstance(down.phase, Asleep)
+            and not set(up.spec.gpus).isdisjoint(down.spec.gpus)
+        ]  # fmt: skip
+
+    @precondition(lambda self: self.rivals())
+    @rule(data=st.data(), stays=st.booleans(), patience=st.sampled_from([0.0, 40.0]))
+    def a_sleeper_is_wanted_while_another_answers(self, data, stays, patience) -> None:
+        up, down = data.draw(st.sampled_from(self.rivals()))
+        self.box.arrive(up, freezable=True)
+        wish = self.box.arrive(down)
+        self.box.now += patience
+        self.box.feed(TimePassed())
+        if not stays and wish in self.box.waiting:
+            self.box.close(wish)
+
     @rule(share=st.floats(0.1, 0.9))
     def time_passes(self, share) -> None:
         ahead = self.box.wake_at - self.box.now if self.box.wake_at is not None else 10.0
@@ -288,7 +313,8 @@ class Machine(RuleBasedStateMachine):
 
 def _is_like(order, phase) -> bool:
     """Whether a late result of this order could be taken for one of the order in flight."""
-    doing = {"Start": "Starting", "Wake": "Waking", "Sleep": "FallingAsleep", "Prove": "Proving"}
+    doing = {"Start": "Starting", "Rouse": "Rousing", "Wake": "Waking", "Prove": "Proving",
+             "Sleep": "FallingAsleep"}  # fmt: skip
     return doing.get(type(order).__name__, "Stopping") == type(phase).__name__
 
 

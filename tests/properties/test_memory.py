@@ -13,6 +13,7 @@ from homegptd.core.events import (
     Found,
     MemorySeen,
     ProveEnded,
+    RouseEnded,
     SleepEnded,
     StartEnded,
     TimePassed,
@@ -28,7 +29,7 @@ from homegptd.core.model import (
     Traits,
 )
 from tests.properties.test_machine import NAMES, Machine, specs
-from tests.properties.world import Box, Given, Start, Wake
+from tests.properties.world import Box, Given, Rouse, Start, Wake
 
 SCALE = 200
 
@@ -48,12 +49,14 @@ class MeasuredBox(Box):
     def _take(self, command: Given) -> None:
         engine, seen = self.state.engines[command.model], self.physics.seen()
         adopts = command.model in self.physics.mute
-        if isinstance(command, Start | Wake) and not adopts and not foreign.suffices(engine, seen):
+        takes = isinstance(command, Start | Rouse | Wake) and not adopts
+        if takes and not foreign.suffices(engine, seen):
             self.crowded[command.order] = seen
         elif not self.physics.fits(command, engine.spec):
             known = {kind for kind, _ in engine.learnt.figures}
-            assert not {Kind.AWAKE, Kind.HOST} <= known, f"{command} runs out of memory, measured"
-            assert isinstance(command, Start | Wake), f"{command} runs out of memory"
+            sure = {Kind.ROUSED} if isinstance(command, Rouse) else {Kind.AWAKE, Kind.HOST}
+            assert not sure <= known, f"{command} runs out of memory, measured"
+            assert takes, f"{command} runs out of memory"
             self.doomed.add(command.order)
         else:
             self.before[command.order] = self.physics.held(command.model, self.now)
@@ -62,8 +65,7 @@ class MeasuredBox(Box):
     def end(self, order: OrderId, failure: Failure | None = None) -> None:
         if order in self.crowded:
             given, seen = self.orders.pop(order), self.crowded.pop(order)
-            kind = StartEnded if isinstance(given, Start) else WakeEnded
-            self.feed(kind(given.model, order, crowded=seen))
+            self.feed(replace(super().result(given, Failure("")), failure=None, crowded=seen))
             return
         super().end(order, Failure("CUDA out of memory") if order in self.doomed else failure)
 
@@ -71,7 +73,7 @@ class MeasuredBox(Box):
         event = super().result(given, failure)
         after = self.physics.held(given.model, self.now) if failure is None else None
         match event:
-            case StartEnded() | WakeEnded() | SleepEnded():
+            case StartEnded() | RouseEnded() | WakeEnded() | SleepEnded():
                 return replace(event, before=self.before.get(given.order), after=after)
             case ProveEnded():
                 return replace(event, after=after)

@@ -19,6 +19,7 @@ from homegptd.core.commands import (
     Probe,
     Prove,
     Refuse,
+    Rouse,
     Sleep,
     Start,
     Stop,
@@ -34,6 +35,7 @@ from homegptd.core.events import (
     OperationAsked,
     ProveEnded,
     RequestArrived,
+    RouseEnded,
     SleepEnded,
     StartEnded,
     StopEnded,
@@ -55,6 +57,7 @@ from homegptd.core.model import (
     OperationId,
     OrderId,
     Proof,
+    Roused,
     SleepLevel,
     SleepMode,
     State,
@@ -65,7 +68,7 @@ from homegptd.core.model import (
 )
 from homegptd.core.story import summary, tell
 
-Given = Start | Wake | Sleep | Stop | Prove
+Given = Start | Rouse | Wake | Sleep | Stop | Prove
 
 
 @dataclass
@@ -103,6 +106,11 @@ class Physics:
                     assert model not in self.running, f"{model} is started twice"
                     true = self.true(spec)
                     self.running[model] = Process(true, true.awake_mib)
+            case Rouse(model):
+                process = self.running[model]
+                share = -(-process.spec.pinned_mib // len(process.spec.gpus))
+                most = process.spec.awake_mib
+                process.gpu = min(process.spec.residue_mib + share, most) + process.leaked
             case Wake(model):
                 process = self.running[model]
                 process.gpu = process.spec.awake_mib + process.leaked
@@ -229,6 +237,8 @@ class Box:
             case Start(model, order):
                 traits = None if failure else self.traits[model]
                 return StartEnded(model, order, traits, failure)
+            case Rouse(model, order):
+                return RouseEnded(model, order, failure)
             case Wake(model, order):
                 return WakeEnded(model, order, failure)
             case Sleep(model, order):
@@ -242,7 +252,7 @@ class Box:
 
     def _carry_out(self, command: Command, before: State) -> None:
         match command:
-            case Start() | Wake() | Sleep() | Stop() | Prove():
+            case Start() | Rouse() | Wake() | Sleep() | Stop() | Prove():
                 self._begin(command, before)
             case Grant(ticket_id):
                 ticket = self.waiting.pop(ticket_id)  # KeyError: granted twice, or closed before
@@ -274,7 +284,7 @@ class Box:
             assert not others, f"{command} while {others}"
             self._gpus_are_free(command)
         assert command.order not in self.orders
-        if isinstance(command, Start | Wake | Prove):
+        if isinstance(command, Start | Rouse | Wake | Prove):
             self._gpu_is_not_freed(command)
         if isinstance(command, Sleep | Stop):
             self._no_answer_is_hurt(command, before)
@@ -292,7 +302,7 @@ class Box:
             if engine is not None and not isinstance(other, Stop):
                 assert gpus.isdisjoint(engine.spec.gpus), f"{command} while {other}"
 
-    def _gpu_is_not_freed(self, command: Start | Wake | Prove) -> None:
+    def _gpu_is_not_freed(self, command: Start | Rouse | Wake | Prove) -> None:
         """Only what runs already is adopted there, and what is frozen wakes to end."""
         spec = self.state.engines[command.model].spec
         adopts = isinstance(command, Start) and command.model in self.physics.mute
@@ -388,4 +398,4 @@ class Box:
 
 
 def _moves(phase: object) -> bool:
-    return isinstance(phase, Draining | Stopping)
+    return isinstance(phase, Draining | Stopping | Roused)

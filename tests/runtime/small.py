@@ -72,7 +72,10 @@ class SmallEngine:
             await asyncio.get_running_loop().create_future()
         self.asleep = True
 
-    async def wake(self, level: SleepLevel, *, frozen: bool) -> None:
+    async def rouse(self, level: SleepLevel) -> None:
+        await self._does("rouse", WAKE_S)
+
+    async def wake(self, level: SleepLevel, *, frozen: bool, roused: bool) -> None:
         await self._does("wake", WAKE_S)
         self.asleep = False
 

@@ -151,7 +151,7 @@ async def test_a_stop_begins_only_when_the_replaced_order_has_ended() -> None:
         small.found(A)
         ended_at: list[float] = []
 
-        async def slow_wake(level: SleepLevel, *, frozen: bool) -> None:
+        async def slow_wake(level: SleepLevel, *, frozen: bool, roused: bool) -> None:
             try:
                 await asyncio.sleep(100.0)
             finally:
@@ -330,7 +330,7 @@ async def test_no_probe_disturbs_an_order() -> None:
         engine.probes.clear()
         began = small.loop.time()
 
-        async def long_wake(level: SleepLevel, *, frozen: bool) -> None:
+        async def long_wake(level: SleepLevel, *, frozen: bool, roused: bool) -> None:
             await asyncio.sleep(95.0)
             engine.asleep = False
 

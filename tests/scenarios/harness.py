@@ -15,6 +15,8 @@ Lines with `>` are orders and answers, the others are the log as `journalctl` wo
 import shlex
 from collections.abc import Iterator
 
+from msgspec.structs import replace
+
 from homegptd.core.commands import (
     Command,
     Cut,
@@ -23,6 +25,7 @@ from homegptd.core.commands import (
     Probe,
     Prove,
     Refuse,
+    Rouse,
     Sleep,
     Start,
     Stop,
@@ -39,6 +42,7 @@ from homegptd.core.events import (
     OperationAsked,
     ProveEnded,
     RequestArrived,
+    RouseEnded,
     ShutdownAsked,
     SleepEnded,
     StartEnded,
@@ -177,7 +181,8 @@ class Story:
         self.specs = [*(s for s in self.specs if s.model != name), spec]
         levels = frozenset(SleepLevel(int(n)) for n in given.get("can", "1,2").split(",") if n)
         proofs = {Proof(word): True for word in given.get("proved", "").split(",") if word}
-        self.traits[name] = Traits("0.32.0", levels, can_keep=True, proofs=proofs)
+        rouses = "rouses" in given
+        self.traits[name] = Traits("0.32.0", levels, None, True, rouses, proofs=proofs)
 
     def boot(self, found: list[str]) -> Iterator[str]:
         self.state = initial(tuple(self.specs), self.policy, self.gpus, self.host)
@@ -187,7 +192,7 @@ class Story:
             asleep = how == "asleep"
             level = SleepLevel.ONE if asleep else None
             known = self.traits[ModelId(name)]
-            traits = Traits(known.version, known.levels, None, known.can_keep, asleep, level)
+            traits = replace(known, proofs={}, asleep=asleep, asleep_level=level)
             adopted[ModelId(name)] = Found(None if how == "mute" else traits)
         return self.feed(Observed(adopted))
 
@@ -219,6 +224,8 @@ class Story:
         match self.orders.pop(name):
             case Start(order=order):
                 return StartEnded(model, order, None if failure else self.traits[model], failure)
+            case Rouse(order=order):
+                return RouseEnded(model, order, failure)
             case Wake(order=order):
                 return WakeEnded(model, order, failure)
             case Sleep(order=order):
@@ -244,7 +251,7 @@ class Story:
 
     def order(self, command: Command) -> Iterator[str]:
         match command:
-            case Start(model) | Wake(model) | Prove(model) | Stop(model):
+            case Start(model) | Rouse(model) | Wake(model) | Prove(model) | Stop(model):
                 self.orders[model] = command
                 yield f"> {type(command).__name__.lower()} {model}"
             case Sleep(model, _, level, mode):
@@ -264,7 +271,7 @@ class Story:
 
 def _split(words: list[str]) -> tuple[list[str], dict[str, str]]:
     """Names first; then `key=value`, and bare flags with `--` or after the names."""
-    flags = {"whole", "lasting", "pinned"}
+    flags = {"whole", "lasting", "pinned", "rouses"}
     names = [w for w in words if "=" not in w and not w.startswith("--") and w not in flags]
     pairs = [w.partition("=") for w in words if w not in names]
     return names, {key: value for key, _, value in pairs}

@@ -88,6 +88,7 @@ class Process:
         self.stopping = False
         """Something ends it: it only gives memory back."""
         self.asleep: SleepLevel | None = None
+        self.roused = False
         self.moving: asyncio.Future[str] | None = None
         self.answers: list[Answer] = []
         self._timers: list[asyncio.TimerHandle] = []
@@ -239,23 +240,43 @@ class Process:
         leak = self.model.leak_mib
         self._physically(partial(self.memory.end_sleep, leak_mib=leak), self.world.box, int(level))
         self.asleep = level
+        self.roused = False
+        self._moved("done")
+
+    def rouse(self, slow: float) -> None:
+        """Its weights alone: it still counts as asleep."""
+        self._begin("rouse")
+        self._physically(self.memory.begin_wake, self.world.box, ("weights",))
+        took = self._weights_s()
+        self.later(self.world.jitter(took) * slow, self._has_weights)
+
+    def _weights_s(self) -> float:
+        level = self.memory.level
+        reload_s = SPEEDS.reload_s(self.model.foot) if level != 1 else 0.0
+        return SPEEDS.wake_s(self.model.foot, level, ("weights",)) + reload_s
+
+    def _has_weights(self) -> None:
+        self._physically(self.memory.end_wake, self.world.box, ("weights",))
+        if self.memory.level != 1:
+            self.memory.reload()
+        self.roused = True
         self._moved("done")
 
     def wake_up(self, slow: float) -> None:
         self._begin("wake")
         self._physically(self.memory.begin_wake, self.world.box)
-        level = self.memory.level
-        took = SPEEDS.wake_s(self.model.foot, level, ("weights", "kv_cache"))
-        took += SPEEDS.reload_s(self.model.foot) if level != 1 else 0.0
+        took = SPEEDS.wake_s(self.model.foot, self.memory.level, ("kv_cache",))
+        took += 0.0 if self.roused else self._weights_s()
         self.later(self.world.jitter(took) * slow, self._awake)
 
     def _awake(self) -> None:
         self._physically(self.memory.end_wake, self.world.box)
-        if self.memory.level != 1:
+        if self.memory.level != 1 and not self.roused:
             self.memory.reload()
         if not self.memory.weights_valid:
             self.world.violated(f"{self.owner} is awake with garbage for weights")
         self.asleep = None
+        self.roused = False
         self._moved("done")
         if not self.hung:
             self._go_on()
@@ -417,11 +438,15 @@ class Client:
     async def identify(self) -> Traits:
         process = await self._settled()
         model = process.model
+        if process.roused and process.asleep is not None:
+            await self._move(process, None, "sleep", partial(process.fall_asleep, process.asleep,
+                                                             SleepMode.KEEP))  # fmt: skip
         return Traits(
             version=VERSION,
             levels=model.levels,
             why_no_sleep=None if model.levels else "it was started without sleep mode",
             can_keep=model.can_keep and bool(model.levels),
+            can_rouse=model.can_keep and bool(model.levels),
             asleep=process.asleep is not None,
             asleep_level=process.asleep if model.tells_level else None,
         )
@@ -443,8 +468,19 @@ class Client:
         fate = self._machines.fault("500", "dies", "hangs", "lies", "slow")
         await self._move(process, fate, "sleep", partial(process.fall_asleep, level, mode))
 
-    async def wake(self, level: SleepLevel, *, frozen: bool) -> None:
+    async def rouse(self, level: SleepLevel) -> None:
         process = await self._settled()
+        if process.asleep is None or process.roused:
+            self._machines.violated(f"{process.owner} is roused but not asleep")
+        if process.answers:
+            self._machines.violated(f"{process.owner} is roused over answers it holds")
+        fate = self._machines.fault("500", "dies", "hangs", "lies", "slow")
+        await self._move(process, fate, "rouse", process.rouse)
+
+    async def wake(self, level: SleepLevel, *, frozen: bool, roused: bool) -> None:
+        process = await self._settled()
+        if process.roused is not roused:
+            self._machines.violated(f"{process.owner} is woken as if roused were {roused}")
         if process.asleep is None:
             self._machines.violated(f"{process.owner} is woken but not asleep")
         if any(not answer.lease.cut.done() for answer in process.answers) and not frozen:

@@ -132,7 +132,7 @@ def _sized(
     """A model that holds at most `awake_mib` on each of its cards."""
     residue = rng.randint(400, 1600)
     rest = awake_mib - residue - 200
-    weights = round(rest * rng.uniform(0.4, 0.8)) * len(chosen)
+    weights = round(rest * rng.choice((rng.uniform(0.1, 0.3), rng.uniform(0.4, 0.8)))) * len(chosen)
     foot = Footprint(
         gpus=tuple(int(gpu) for gpu in chosen),
         weights_mib=weights,

@@ -1,0 +1,49 @@
+"""Weights that come back while another engine still answers: then less is left to do afterwards.
+
+Two engines never move memory on one GPU at a time: the weights are there before the other falls
+asleep. If nobody wants the model awake any more, they go again, and nothing has happened; vLLM can
+do that since 0.31.
+"""
+
+from collections.abc import Collection
+
+from . import ledger
+from .draft import Draft
+from .model import Asleep, Awake, Draining, Engine, ModelId, Phase, Roused, SleepMode, State
+
+
+def rouse(d: Draft, engine: Engine, displaced: Collection[Engine]) -> None:
+    """Wake the weights of `engine`, where that is possible and `displaced` are all draining.
+
+    Whoever of them can fall asleep at once does that first.
+    """
+    phase, drain = engine.phase, all(isinstance(each.phase, Draining) for each in displaced)
+    if not isinstance(phase, Asleep) or not drain or not d.quiet(engine.spec.gpus):
+        return
+    if possible(d.state(), engine, displaced):
+        d.rouse(engine.spec.model, phase)
+
+
+def possible(state: State, engine: Engine, displaced: Collection[Engine]) -> bool:
+    """Whether its weights fit beside all there is, while `displaced` have answers that may last."""
+    traits, phase = engine.traits, engine.phase
+    if not isinstance(phase, Asleep) or phase.frozen or traits is None:
+        return False
+    able = state.policy.rouse and traits.can_rouse and ledger.takes_no_more(engine, phase.level)
+    if not able or not all(_answers(each.phase) for each in displaced):
+        return False
+    limit = ledger.budget(state)
+    return ledger.fits_roused(state.engines, engine.spec.model, phase.level, limit)
+
+
+def _answers(phase: Phase) -> bool:
+    cut = isinstance(phase, Draining) and phase.cut_at is not None
+    return isinstance(phase, Awake | Draining) and bool(phase.leases) and not cut
+
+
+def settle(d: Draft, due: Collection[ModelId]) -> None:
+    """Whoever is roused, and not `due` to be awake, goes back to sleep."""
+    for name, engine in list(d.engines.items()):
+        phase = engine.phase
+        if isinstance(phase, Roused) and name not in due and d.quiet(engine.spec.gpus):
+            d.sleep(name, phase.level, mode=SleepMode.WAIT)
