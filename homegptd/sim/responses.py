@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
@@ -20,9 +21,38 @@ _NO_STORE = (
     "mode. To enable these features, set the environment variable "
     "`VLLM_ENABLE_RESPONSES_API_STORE=1` when launching the vLLM server."
 )
+_NOT_STORED = "background can only be used when `store` is true (parameter=background)"
 _STATUS = {"length": "incomplete"}
 """An answer that was aborted says it is complete (seen on 0.32): nothing in it tells."""
 Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
+
+
+@dataclass(slots=True)
+class _Story:
+    """The events of a stream in the background, for whoever listens, from wherever."""
+
+    events: list[bytes] = field(default_factory=list)
+    over: bool = False
+    """Its last event was `response.completed`. Cancelled it never is, and listeners wait on."""
+    news: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def tell(self, event: bytes) -> None:
+        async with self.news:
+            self.events.append(event)
+            self.over = event.startswith(b"event: response.completed")
+            self.news.notify_all()
+
+    async def heard(self, after: int) -> AsyncGenerator[bytes, None]:
+        at = after
+        while True:
+            async with self.news:
+                while not self.over and len(self.events) <= at:
+                    await self.news.wait()
+            for event in self.events[at:]:
+                yield event
+            at = len(self.events)
+            if self.over:
+                return
 
 
 class Responses:
@@ -34,6 +64,7 @@ class Responses:
         self.stores = inference.options.store_responses
         self.kept: dict[str, Body] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.stories: dict[str, _Story] = {}
         self._spawn = spawn
 
     def routes(self) -> list[web.RouteDef]:
@@ -46,21 +77,36 @@ class Responses:
     async def create(self, request: web.Request) -> web.StreamResponse:
         body = await self.intake.body(request)
         if body.get("background") and not (self.stores and body.get("store", True)):
-            raise Refused(400, _NO_STORE, "background")
+            told = _NO_STORE if body.get("store", True) else _NOT_STORED
+            raise Refused(400, told, "background")
         ask = self.inference.ask(body, self._prompt(body), body.get("max_output_tokens"), chat=True)
         ask.ident = str(body.get("request_id") or new_id("resp").replace("-", "_"))
         if body.get("background"):
-            queued = self._keep(_response(ask, "queued"))
-            self.tasks[ask.ident] = self._spawn(self._in_background(ask))
-            return shapes.reply(queued)
+            return await self._begin(request, ask)
         with self.intake.counted():
             if body.get("stream"):
-                return await self._stream(request, ask)
+                return await _stream(request, self._events(ask))
             await self.inference.answer(ask)
         return shapes.reply(self._keep(_response(ask, _status(ask))))
 
+    async def _begin(self, request: web.Request, ask: Ask) -> web.StreamResponse:
+        """It says "queued" until it ends, and goes on when the client has hung up."""
+        queued = self._keep(_response(ask, "queued"))
+        if not ask.body.get("stream"):
+            self.tasks[ask.ident] = self._spawn(self._in_background(ask))
+            return shapes.reply(queued)
+        story = self.stories[ask.ident] = _Story()
+        self.tasks[ask.ident] = self._spawn(self._told_in_background(ask, story))
+        return await _stream(request, story.heard(0))
+
     async def retrieve(self, request: web.Request) -> web.StreamResponse:
-        return shapes.reply(self._found(request))
+        found = self._found(request)
+        if request.query.get("stream") != "true":
+            return shapes.reply(found)
+        if found["id"] not in self.stories:
+            return await _stream(request, None)
+        after = int(request.query.get("starting_after", -1))
+        return await _stream(request, self.stories[found["id"]].heard(after + 1))
 
     async def cancel(self, request: web.Request) -> web.StreamResponse:
         found = self._found(request)
@@ -103,38 +149,54 @@ class Responses:
         if self.kept[ask.ident]["status"] != "cancelled":
             self._keep(_response(ask, _status(ask)))
 
-    async def _stream(self, request: web.Request, ask: Ask) -> web.StreamResponse:
-        answer = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
-        await answer.prepare(request)
-        number = 0
+    async def _told_in_background(self, ask: Ask, story: _Story) -> None:
+        async for event in self._events(ask):
+            await story.tell(event)
 
-        async def tell(kind: str, **more: Any) -> None:
+    async def _events(self, ask: Ask) -> AsyncGenerator[bytes, None]:
+        number = -1
+
+        def tell(kind: str, **more: Any) -> bytes:
             nonlocal number
-            await answer.write(
-                shapes.named_event(kind, {**more, "sequence_number": number, "type": kind})
-            )
             number += 1
+            return shapes.named_event(kind, {**more, "sequence_number": number, "type": kind})
 
         begun = _response(ask, "in_progress")
         place = {"output_index": 0}
         part = {**place, "item_id": f"msg_{ask.ident}", "content_index": 0}
         try:
-            await tell("response.created", response=begun)
-            await tell("response.in_progress", response=begun)
+            yield tell("response.created", response=begun)
+            yield tell("response.in_progress", response=begun)
             async for delta in self.inference.tokens(ask):
                 if len(ask.said) == 1:
                     item = {**_item(ask, "in_progress"), "content": []}
-                    await tell("response.output_item.added", item=item, **place)
-                    await tell("response.content_part.added", part=_part(""), **part)
-                await tell("response.output_text.delta", delta=delta, logprobs=[], **part)
-            await tell("response.output_text.done", text=ask.text, logprobs=[], **part)
-            await tell("response.content_part.done", part=_part(ask.text), **part)
-            await tell("response.output_item.done", item=_item(ask, "completed"), **place)
-            await tell("response.completed", response=self._keep(_response(ask, _status(ask))))
+                    yield tell("response.output_item.added", item=item, **place)
+                    yield tell("response.content_part.added", part=_part(""), **part)
+                yield tell("response.output_text.delta", delta=delta, logprobs=[], **part)
+            yield tell("response.output_text.done", text=ask.text, logprobs=[], **part)
+            yield tell("response.content_part.done", part=_part(ask.text), **part)
+            yield tell("response.output_item.done", item=_item(ask, "completed"), **place)
+            yield tell("response.completed", response=self._keep(_response(ask, _status(ask))))
         except Refused as why:
-            await tell("error", message=str(why), code=str(why.status), param=None)
-        await answer.write_eof()
+            yield tell("error", message=str(why), code=str(why.status), param=None)
+
+
+async def _stream(
+    request: web.Request, events: AsyncGenerator[bytes, None] | None
+) -> web.StreamResponse:
+    """None: vLLM finds that it has none when its head is out already, and breaks off."""
+    answer = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+    answer.enable_chunked_encoding()
+    await answer.prepare(request)
+    if events is None:
+        if request.transport is not None:
+            request.transport.close()
         return answer
+    async with contextlib.aclosing(events):
+        async for event in events:
+            await answer.write(event)
+    await answer.write_eof()
+    return answer
 
 
 def _status(ask: Ask) -> str:

@@ -298,6 +298,17 @@ class Stream:
                     assert not line.strip(), line
         return self
 
+    async def listen_to_names(self) -> None:
+        """As `listen`, where events have names and no `[DONE]` follows them."""
+        async with (
+            self.client.session() as session,
+            session.post(self.path, json=self.body) as answer,
+        ):
+            async for line in answer.content:
+                if line.startswith(b"data: "):
+                    self.events.append(json.loads(line[6:]))
+                    self._tell()
+
     async def heard(self, events: int) -> None:
         """Wait until so many events have come. The caller sets the deadline."""
         arrived = asyncio.Event()

@@ -2,12 +2,14 @@
 
 import asyncio
 import json
-from collections.abc import Coroutine
+import re
+from collections.abc import Callable, Coroutine
 from typing import Any
 
+import aiohttp
 import pytest
 
-from tests.contract.subjects import NAME, Client, Stream, question, until
+from tests.contract.subjects import NAME, Client, Server, Stream, question, until
 
 HELLO = [{"role": "user", "content": "One two three"}]
 LONG = 1500
@@ -169,6 +171,87 @@ async def test_a_response_in_the_background_can_be_cancelled(client: Client):
     cancelled = await client.post(f"/v1/responses/{queued['id']}/cancel")
     assert (cancelled.status, cancelled.json["status"]) == (200, "cancelled")
     assert (await client.get(f"/v1/responses/{queued['id']}")).json["status"] == "cancelled"
+    again = await client.post(f"/v1/responses/{queued['id']}/cancel")
+    assert (again.status, again.json["error"]["param"]) == (400, "response_id")
+
+
+async def status(client: Client, ident: str) -> str:
+    return (await client.get(f"/v1/responses/{ident}")).json["status"]
+
+
+async def test_a_response_in_the_background_freezes_and_goes_on(client: Client):
+    queued = (await client.post("/v1/responses", ask(200, background=True))).json
+    await client.post("/sleep?level=1&mode=keep")
+    assert await status(client, queued["id"]) == "queued"
+    await client.post("/wake_up")
+
+    async def ended() -> bool:
+        return await status(client, queued["id"]) == "incomplete"
+
+    await until(ended, deadline_s=20)
+    whole = (await client.get(f"/v1/responses/{queued['id']}")).json
+    assert whole["usage"]["output_tokens"] == 200
+
+
+async def test_a_frozen_response_in_the_background_can_be_cancelled(client: Client):
+    queued = (await client.post("/v1/responses", ask(LONG, background=True))).json
+    await client.post("/sleep?level=1&mode=keep")
+    cancelled = await client.post(f"/v1/responses/{queued['id']}/cancel")
+    assert (cancelled.status, cancelled.json["status"]) == (200, "cancelled")
+    await client.post("/wake_up")
+    assert (await client.post("/v1/responses", ask())).status == 200
+    assert await status(client, queued["id"]) == "cancelled"
+
+
+async def test_a_stream_in_the_background_is_heard_again_from_anywhere(client: Client):
+    found = await events(client, "/v1/responses", ask(5, background=True))
+    ident = found[0][1]["response"]["id"]
+    again = await client.get(f"/v1/responses/{ident}?stream=true&starting_after=2")
+    assert again.headers["content-type"].startswith("text/event-stream")
+    numbers = re.findall(r'"sequence_number":(\d+)', again.text)
+    assert list(map(int, numbers)) == list(range(3, len(found)))
+
+
+async def test_a_stream_in_the_background_needs_no_client(launch: Callable[..., Server]):
+    """On a server of its own: vLLM's /load goes on counting who left it, or was broken off."""
+    client = Client(launch())
+    first = Stream(client, ask(200, background=True, request_id="resp_left"), "/v1/responses")
+    second = Stream(client, ask(LONG, background=True, request_id="resp_never"), "/v1/responses")
+    async with asyncio.TaskGroup() as group, asyncio.timeout(30):
+        leaving = group.create_task(first.listen_to_names())
+        await first.heard(3)
+        leaving.cancel()
+        assert await status(client, "resp_left") == "queued"
+        waiting = group.create_task(second.listen_to_names())
+        await second.heard(3)
+        assert (await client.post("/v1/responses/resp_never/cancel")).status == 200
+        done, _ = await asyncio.wait({waiting}, timeout=1)
+        assert not done  # a cancelled stream never ends
+        waiting.cancel()
+    assert await status(client, "resp_never") == "cancelled"
+
+    async def ended() -> bool:
+        return await status(client, "resp_left") == "incomplete"
+
+    await until(ended, deadline_s=20)
+    queued = (await client.post("/v1/responses", ask(background=True))).json
+    with pytest.raises(aiohttp.ClientPayloadError):  # was no stream
+        await client.get(f"/v1/responses/{queued['id']}?stream=true")
+
+
+async def test_a_response_in_the_background_must_be_stored(client: Client):
+    answer = await client.post("/v1/responses", ask(background=True, store=False))
+    assert (answer.status, answer.json["error"]["param"]) == (400, "background")
+
+
+async def test_an_aborted_response_in_the_background_says_that_it_is_complete(client: Client):
+    queued = (await client.post("/v1/responses", ask(LONG, background=True))).json
+    await aborted(client)
+
+    async def ended() -> bool:
+        return await status(client, queued["id"]) == "completed"
+
+    await until(ended, deadline_s=5)
 
 
 async def test_an_aborted_response_says_that_it_is_complete(client: Client):
