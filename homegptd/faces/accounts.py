@@ -84,8 +84,8 @@ class Record:
     """One request on its way."""
 
     __slots__ = (
-        "_first", "_last", "arrived", "end", "first_s", "key", "model", "retried", "tail",
-        "tickets", "waited_s",
+        "_first", "_last", "arrived", "end", "first_s", "goes_on", "key", "model", "retried",
+        "tail", "tickets", "waited_s",
     )  # fmt: skip
 
     def __init__(self, key: str) -> None:
@@ -93,7 +93,7 @@ class Record:
         self.key = key
         self.model = ""
         self.end = End.ABORTED
-        self.retried = False
+        self.retried = self.goes_on = False
         self.tickets: list[TicketId] = []
         self.waited_s: float | None = None
         self.first_s: float | None = None
@@ -138,7 +138,9 @@ class Accounts:
             self._frozen.update(getattr(engine.phase, "frozen", ()))
 
     def close(self, record: Record) -> None:
-        """Add a request that has ended."""
+        """Add a request that has ended, unless it goes on in the background."""
+        if record.goes_on:
+            return
         account = self._account(ModelId(record.model), record.key)
         account.requests += 1
         match record.end:

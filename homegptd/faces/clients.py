@@ -6,6 +6,7 @@ the request leads to: a handler that did not think of keys cannot show a model t
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -80,8 +81,12 @@ class Client:
             return _UNLIMITED
         return self._one_more(self.key.name, self.key.concurrency)
 
+    def goes_on(self) -> AbstractContextManager[None]:
+        """For what goes on when its request has been answered: it was let in with that."""
+        return _UNLIMITED if self.key is None else self._one_more(self.key.name, math.inf)
+
     @contextmanager
-    def _one_more(self, name: str, most: int) -> Iterator[None]:
+    def _one_more(self, name: str, most: float) -> Iterator[None]:
         if self.running[name] >= most:
             text = f'the key "{name}" may have {most} requests under way, and has'
             raise Denied(errors.of_reason("too-many-requests", text))

@@ -9,10 +9,11 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from homegptd.core.model import ModelId
-from homegptd.runtime.scheduler import Scheduler
+from homegptd.runtime.scheduler import Lease, Scheduler
 
 from . import adjust, errors, multipart, openai, usage
 from .ask import Ask
+from .background import Begun
 from .bodies import Body, Hold, reading
 from .early import Early
 from .errors import Denied, Problem
@@ -41,6 +42,12 @@ class Wanted(Struct, frozen=True):
     """How long it then waits for another reason."""
     early: Early | None = None
     """What speaks to the client while nothing answers; None: nothing does."""
+    background: Begun | None = None
+    """Where its response may go on when it has been answered."""
+    under: Lease | None = None
+    """The lease of the response in the background that it is about."""
+    ended: bytes = b""
+    """How that ended, which is the answer."""
 
 
 class Intake:
@@ -89,11 +96,14 @@ class Intake:
         if not self._models.is_known_to(model, wish.model):
             body = openai.with_model(body, model)
         task = not (wish.stream or self._tasks_switch) and is_task(body)
-        ask = Ask(route.path, _passed_on(request), body, route.shape)
+        ask, begun = Ask(route.path, _passed_on(request), body, route.shape), None
         if route.stores:
-            learn = partial(self._learn, model)
+            begun = Begun() if wish.background else None
+            learn = partial(self._learn, model, begun)
             ask = replace(ask, learn=learn, replayable=not wish.stores)
         wanted = replace(self._request(route, model, ask), stream=wish.stream and route.streams)
+        if begun is not None:
+            wanted = replace(wanted, background=begun)
         if task:
             why = "it is a background task (router.background_tasks)"
             return replace(wanted, unasked=why, grace_s=self._task_grace_s)
@@ -117,21 +127,26 @@ class Intake:
     def _read_stored(self, request: web.BaseRequest, route: Route) -> Wanted:
         path = request.raw_path.partition("?")[0]
         ident = route.ident(path) or ""
-        model = self._stored.find(ident, self._scheduler.state.engines)
+        looks = route.method == "GET"
+        query, stream = _stream_query(request) if looks else ("", False)
+        model, ended = (self._stored.ended(ident) if looks and not stream else None) or (None, b"")
+        model = model or self._stored.find(ident, self._scheduler.state.engines)
         if model is None or self._models.find(model) is None:
             text = f'there is no response "{ident}": its engine has ended, or never gave it'
             raise Denied(Problem(404, "not_found", text, param="response_id"))
-        query, stream = _stream_query(request) if route.method == "GET" else ("", False)
         ask = Ask(path + query, _passed_on(request), b"", route.shape, method=route.method)
-        return replace(self._request(route, model, ask), stream=stream)
+        under = self._stored.running.get((model, ident))
+        return replace(self._request(route, model, ask), stream=stream, under=under, ended=ended)
 
     def _request(self, route: Route, model: ModelId, ask: Ask) -> Wanted:
         unasked = "" if route.wakes else f"{route.method} {route.path} wakes no model"
         ask = replace(ask, replayable=False) if route.once else ask
         return Wanted(model, False, ask, self._scheduler.loop.time(), unasked)
 
-    def _learn(self, model: ModelId, data: bytes) -> None:
-        self._stored.learn(data, model, self._scheduler.state.engines)
+    def _learn(self, model: ModelId, begun: Begun | None, data: bytes) -> None:
+        ident = self._stored.learn(data, model, self._scheduler.state.engines)
+        if begun is not None and ident is not None:
+            begun.tell(ident)
 
     def named(self, name: str | None, route: Route, *, previous: str | None = None) -> ModelId:
         """Which model is meant. Raises: Denied, also where it is not for this."""

@@ -41,6 +41,8 @@ class Wish(Struct, frozen=True):
     stream: bool
     stores: bool = False
     """Whether it wants the answer kept in the engine, or builds on one that is."""
+    background: bool = False
+    """Whether it may be made after the request was answered."""
     previous: str | None = None
     """The id of the answer it builds on."""
 
@@ -99,9 +101,10 @@ def _wish(found: _Body) -> Wish:
     model, previous = _scalar(found.model), _scalar(found.previous_response_id)
     if model is not None and not isinstance(model, str):
         raise NotUnderstood(f'"model" must be a string of at most {_LONGEST} bytes', param="model")
-    stores = _scalar(found.store) is True or bool(_scalar(found.background)) or previous is not None
+    background = bool(_scalar(found.background))
+    stores = _scalar(found.store) is True or background or previous is not None
     before = previous if isinstance(previous, str) else None
-    return Wish(model or None, is_yes(_scalar(found.stream)), stores, before)
+    return Wish(model or None, is_yes(_scalar(found.stream)), stores, background, before)
 
 
 def _scalar(raw: msgspec.Raw) -> object:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
@@ -18,11 +19,12 @@ from msgspec.structs import replace
 from homegptd.core import outlook as outlooks
 from homegptd.core.model import Awake, Draining, ModelId, State
 from homegptd.core.refusals import Reason
-from homegptd.runtime.scheduler import Refused, Scheduler
+from homegptd.runtime.scheduler import Lease, Refused, Scheduler
 
 from . import errors, realtime
 from .accounts import Accounts, End, Record
 from .ask import CLOSED, KEPT, Ask, Broken, Limits
+from .background import Background
 from .bodies import Bodies
 from .clients import asking
 from .early import Early, Pace, speaks
@@ -89,15 +91,24 @@ class Router:
         self._addresses = addresses
         self._engine_keys = engine_keys
         self._settings = settings
+        self.accounts = accounts or Accounts()
+        stored = stored or Stored()
+        self._background = Background(
+            scheduler,
+            stored,
+            self.accounts,
+            addresses=addresses,
+            engine_keys=engine_keys,
+            limits=settings.limits,
+        )
         self._intake = Intake(
             scheduler,
             models,
-            stored or Stored(),
+            stored,
             max_body_bytes=settings.max_body_bytes,
             tasks_switch=settings.tasks_switch,
             task_grace_s=settings.task_grace_s,
         )
-        self.accounts = accounts or Accounts()
         self.pool = Pool()
         settings.bodies.again_s = self._room_s
         self._foreseen: dict[ModelId, tuple[State, float, outlooks.Outlook]] = {}
@@ -177,6 +188,13 @@ class Router:
         self, request: web.BaseRequest, wanted: Wanted, record: Record
     ) -> web.StreamResponse:
         """What brings no model up waits a while, in case somebody else does."""
+        if wanted.ended:
+            record.end = End.ANSWERED
+            return web.Response(body=wanted.ended, content_type="application/json")
+        if wanted.under is not None:
+            answer = await self._relayed(request, wanted, record, wanted.under)
+            record.end = End.ANSWERED
+            return answer
         news, loop = asyncio.Event(), self._scheduler.loop
         until = loop.time() + wanted.grace_s
         with self._scheduler.watched(lambda lines: news.set()):
@@ -251,27 +269,35 @@ class Router:
         asks, key = not wanted.unasked, asking()
         lease = self._scheduler.lease(
             wanted.model,
-            freezable=wanted.stream,
+            freezable=wanted.stream or wanted.background is not None,
             may_switch=asks and key.may_switch,
             max_wait_s=_least(self._patience_s(request, wanted), key.max_wait_s),
             replay=replay and asks,
         )
         if wanted.early is not None and not self._is_awake(wanted.model):
             wanted.early.arm()
-        async with lease:
+        held: AbstractAsyncContextManager[object] = lease
+        if wanted.background is not None:
+            held = self._background.beyond(lease, wanted.background, record)
+        async with held:
             record.granted(lease.ticket.id, self._scheduler.loop.time() - lease.ticket.since)
-            answer = await relay(
-                request,
-                self._with_its_key(wanted),
-                lease=lease,
-                pool=self.pool,
-                address=self._addresses(wanted.model),
-                limits=self._settings.limits(wanted.model),
-                record=record,
-                early=wanted.early,
-            )
+            answer = await self._relayed(request, wanted, record, lease)
         record.end = End.ANSWERED
         return answer
+
+    def _relayed(
+        self, request: web.BaseRequest, wanted: Wanted, record: Record, lease: Lease
+    ) -> Coroutine[object, object, web.StreamResponse]:
+        return relay(
+            request,
+            self._with_its_key(wanted),
+            lease=lease,
+            pool=self.pool,
+            address=self._addresses(wanted.model),
+            limits=self._settings.limits(wanted.model),
+            record=record,
+            early=wanted.early,
+        )
 
     def _with_its_key(self, wanted: Wanted) -> Ask:
         """The engine's own key, where it asks for one. The client's has stayed at the door."""

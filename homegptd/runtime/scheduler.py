@@ -8,7 +8,7 @@ import asyncio
 import itertools
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from types import TracebackType
 from typing import Protocol
@@ -175,6 +175,11 @@ class Scheduler:
                 raise _OverError
         except* _OverError:
             pass
+
+    def beside(self, work: Coroutine[object, object, None], name: str) -> None:
+        """Run it for as long as the scheduler runs. What it raises is a defect, and ends that."""
+        if self._group is not None:
+            self._group.create_task(work, name=name)
 
     async def _guard(self) -> None:
         await self._broken

@@ -67,6 +67,52 @@ async def test_an_answer_outlives_the_drain_frozen_and_goes_on(box: Box) -> None
         assert long.result() == alone
 
 
+STORES = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
+
+
+@pytest.mark.parametrize("deadline", ["wait", "auto"])
+async def test_a_response_in_the_background_outlives_a_switch(box: Box, deadline: str) -> None:
+    """auto: it is frozen, which was proved, and goes on when its model is back."""
+    two(box, router=f"drain_s: 0.1, on_deadline: {deadline}")
+    with box.daemon(env=STORES) as daemon:
+        daemon.ready()
+        assert await ctl(box, "prove", "a") == 0
+        body = {"model": "a", "input": "x", "background": True, "max_output_tokens": 1500}
+        async with client(box) as session:
+            async with session.post("/v1/responses", json=body) as response:
+                queued = await response.json()
+            assert queued["status"] == "queued"
+            assert (await call(box, "switch", model="b"))["state"] == "done"
+            frozen = (await requests_of(box, "a"))["frozen"]
+            assert frozen == (1 if deadline == "auto" else 0)
+            async with asyncio.timeout(20):
+                while (told := await kept(session, queued["id"]))["status"] == "queued":
+                    pass
+            assert (told["status"], told["usage"]["output_tokens"]) == ("incomplete", 1500)
+            assert await ctl(box, "stop", "a") == 0
+            assert await kept(session, queued["id"]) == told
+
+
+async def kept(session: aiohttp.ClientSession, ident: str) -> dict[str, Any]:
+    async with session.get(f"/v1/responses/{ident}") as response:
+        assert response.status == 200, await response.text()
+        return await response.json()
+
+
+async def test_a_response_in_the_background_is_cancelled_by_now(box: Box) -> None:
+    two(box)
+    with box.daemon(env=STORES) as daemon:
+        daemon.ready()
+        body = {"model": "a", "input": "x", "background": True, "max_output_tokens": 4000}
+        async with client(box) as session:
+            async with session.post("/v1/responses", json=body) as response:
+                queued = await response.json()
+            assert await ctl(box, "switch", "b", "--now") == 0
+            told = await kept(session, queued["id"])
+            assert (told["status"], told["output"]) == ("cancelled", [])
+            assert "an operator asked for it now" in told["error"]["message"]
+
+
 async def test_now_cuts_and_says_so(box: Box) -> None:
     two(box)
     with box.daemon() as daemon:

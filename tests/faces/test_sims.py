@@ -138,6 +138,25 @@ async def test_a_response_is_found_by_its_id_and_cancelled(world: World, stream:
         assert (await reply.json())["status"] == "cancelled"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_response_in_the_background_holds_its_engine(world: World, stream: bool) -> None:
+    url, engine = f"{world.box.url}/v1/responses", world.servers["chat"].engine
+    ask = {"input": "hello", "background": True, "stream": stream, "max_output_tokens": 5000}
+    async with world.http.post(url, json=ask) as reply:
+        text = (await reply.content.readuntil(b"}")).decode()
+        ident = text.partition('"id":"')[2].partition('"')[0]
+        if not stream:
+            await reply.read()
+    assert world.box.leases() == 1
+    await world.box.until(lambda: world.box.leases() == 0)
+    assert engine.running == 0
+    async with world.http.get(f"{url}/{ident}") as reply:
+        kept = await reply.json()
+    assert (kept["status"], kept["usage"]["output_tokens"]) == ("incomplete", 5000)
+    [account] = [each for each in world.box.accounts.snapshot() if each.tokens_written]
+    assert account.tokens_written == 5000
+
+
 @pytest.mark.parametrize("stream", ["", "true"])
 async def test_sound_becomes_text(tmp_path: Path, stream: str) -> None:
     ears = SimServer(options("ears", "audio"))
