@@ -23,6 +23,19 @@ _QUIET.setLevel(logging.CRITICAL + 1)
 the log. Our own defects are told by the door."""
 
 
+class Connection(RequestHandler):
+    """aiohttp (3.14) leaves whoever waits for a body waiting when a later piece of it is garbled:
+    its parser in C only queues the error, as if it were the next request."""
+
+    __slots__ = ()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        request = self._current_request
+        if self._messages and request is not None and not request.content.is_eof():
+            request.content.set_exception(web.RequestPayloadError("its chunks are garbled"))
+
+
 class Server(web.Server):
     """When it is full, the silent connection that came first makes room for a new one."""
 
@@ -39,6 +52,9 @@ class Server(web.Server):
         self._most = most or _room_for_connections()
         self._head_s = head_s
         self._silent: dict[RequestHandler, asyncio.Transport] = {}
+
+    def __call__(self) -> RequestHandler:
+        return Connection(self, loop=self._loop, **self._kwargs)
 
     def _heard(self, request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
         self._silent.pop(request.protocol, None)

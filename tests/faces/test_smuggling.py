@@ -118,6 +118,26 @@ async def test_what_could_be_two_requests_is_none(one: tuple[box.Box, Engine], r
     assert (await b.ask("/health", method="GET")).status == 200
 
 
+@pytest.mark.parametrize(
+    "rest", [b"+5\r\nhello\r\n", b"5\r\nhello!\r\n", b"\r\n", b"f" * 17 + b"\r\n", b"xyz\r\n"]
+)
+async def test_a_body_that_is_garbled_later_ends_at_once(
+    one: tuple[box.Box, Engine], rest: bytes
+) -> None:
+    b, engine = one
+    client = await b.connect()
+    client.writer.write(head(TE, b"Expect: 100-continue\r\n"))
+    assert (await client.head())[0] == 100  # it waits for the body now
+    client.writer.write(CHUNKED[:-5])
+    await asyncio.sleep(0.05)  # a packet of its own
+    client.writer.write(rest + SECOND)
+    async with asyncio.timeout(5):
+        reply = await client.reply()
+        assert (reply.status, reply.error["code"]) == (400, "bad_request")
+        assert b"HTTP/1.1 " not in await client.reader.read()
+    assert engine.asked == []
+
+
 PLAIN = {
     "a length": head(LENGTH) + BODY,
     "chunks": head(TE) + CHUNKED,
