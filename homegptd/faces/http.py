@@ -31,6 +31,7 @@ from .router import EngineKeys, Router, Settings, no_key
 from .routes import ROUTES, Route, Where
 from .server import Server
 from .stored import Stored
+from .target import in_origin_form
 from .upstream import Address
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,8 @@ class Door:
     async def _answered(self, request: web.BaseRequest, client: Client) -> web.StreamResponse:
         shape = Shape.OPENAI
         try:
+            if request.raw_path[:1] != "/" and "://" in request.raw_path:
+                request = in_origin_form(request)
             entry, rest = self._find(request.raw_path.partition("?")[0])
             shape = entry.shape
             if request.method == "OPTIONS":

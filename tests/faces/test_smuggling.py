@@ -164,7 +164,10 @@ async def test_two_plain_requests_are_two(one: tuple[box.Box, Engine], raw: byte
 @pytest.mark.parametrize(
     "target",
     [
-        "http://localhost/v1/chat/completions", "http://evil/sleep", "//sleep", "/%73leep", "*",
+        "http://evil/sleep", "//sleep", "/%73leep", "*", "http://localhost/sleep",
+        "http://localhost/%73leep", "http://localhost/v1/chat/completions/../../sleep",
+        "http://localhost/http://localhost/v1/chat/completions",
+        "http://localhost/v1/chat/completions\\..\\sleep", "http://localhost/V1/chat/completions",
         "/v1/chat/completions/../../sleep", "/v1/..%2fsleep", "/v1/chat/completions%00",
         "/v1/chat/completions#/sleep", "/v1/chat/completions\\..\\sleep", "/sleep?level=1",
         "/v1/chat/completions/%2e%2e/%2e%2e/sleep", "/collective_rpc", "/invocations", "/metrics",
@@ -182,6 +185,82 @@ async def test_nothing_but_the_table_leads_to_an_engine(
     for method in ("POST", "GET"):
         reply = await b.ask(target, BODY, method=method)
         assert reply.status in (400, 404)
+    assert engine.asked == []
+
+
+DOUBTFUL = [
+    "https://localhost", "ws://localhost", "ftp://localhost", "file://", "http:", "http://",
+    "http:///localhost", "http://localhost/", "http://localhost//localhost", "http://a@localhost",
+    "http://a:b@localhost", "http://@localhost", "http://localhost:", "http://localhost:x",
+    "http://localhost:999999", "http://localhost:80:80", "http://local%68ost", "http://local host",
+    "http://localhost\\", "http://localhost\\@evil", "http://localhost,evil", "http://[::1",
+    "http://[localhost]", "http://[::1]x", "http://[::1%25lo]", "http://::1", "http://locälhost",
+    "http://localhost#", "http://localhost?", "x:http://localhost", "localhost:9000",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("before", DOUBTFUL)
+async def test_doubtful_targets_are_refused(one: tuple[box.Box, Engine], before: str) -> None:
+    """`http://localhost//v1/…` is `//v1/…` here and host `v1` elsewhere, and the like."""
+    b, engine = one
+    for path in ("/v1/chat/completions", "/v1/models"):
+        method = "POST" if path.endswith("completions") else "GET"
+        reply = await b.ask(before + path, BODY, method=method)
+        assert reply.status == 400
+    for end in ("#x", "?a#b", "?ä", "\x7f"):
+        reply = await b.ask(f"http://localhost/v1/chat/completions{end}", BODY)
+        assert reply.status == 400
+    assert engine.asked == []
+
+
+WHOLE = ["http://localhost", "HTTP://localhost:9000", "http://127.0.0.1:80", "http://[::1]:9000"]
+
+
+@pytest.mark.parametrize("before", WHOLE)
+async def test_a_whole_url_is_the_path_it_names(one: tuple[box.Box, Engine], before: str) -> None:
+    b, engine = one
+    more = "Host: evil.example\r\n"  # the target's counts
+    reply = await b.ask(f"{before}/v1/chat/completions?x=/sleep", BODY, more=more)
+    assert reply.json["line"] == "POST /v1/chat/completions HTTP/1.1"
+    assert [each.headers["host"] for each in engine.asked] == ["engine"]
+    assert [each.body for each in engine.asked] == [BODY]
+    client = await b.connect()
+    client.writer.write(head(LENGTH).replace(b" /", b" %s/" % before.encode(), 1) + BODY + SECOND)
+    replies = [await client.reply(), await client.reply()]
+    assert [each.json["line"].split()[1] for each in replies] == [
+        "/v1/chat/completions", "/v1/completions",
+    ]  # fmt: skip
+    assert (await b.ask(f"{before}/v1/models", method="GET", more=more)).status == 200
+
+
+@pytest.mark.parametrize("raw", REFUSED.values(), ids=REFUSED.keys())
+async def test_nor_is_what_names_a_whole_url(one: tuple[box.Box, Engine], raw: bytes) -> None:
+    await test_what_could_be_two_requests_is_none(
+        one, raw.replace(b"POST /", b"POST http://localhost/", 1)
+    )
+
+
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example:9000", "127.0.0.1.evil"])
+async def test_a_rebound_name_in_the_target_is_none_of_the_box(
+    one: tuple[box.Box, Engine], host: str
+) -> None:
+    b, engine = one
+    for path in ("/v1/chat/completions", "/switch"):
+        reply = await b.ask(f"http://{host}{path}", BODY, more="Host: localhost\r\n")
+        assert (reply.status, reply.error["code"]) == (403, "forbidden")
+    page = f"Host: localhost\r\nOrigin: http://{host}\r\n"
+    assert (await b.ask("http://localhost/switch", BODY, more=page)).status == 403
+    assert engine.asked == []
+
+
+async def test_a_whole_url_with_a_header_that_is_no_text_is_refused(
+    one: tuple[box.Box, Engine],
+) -> None:
+    b, engine = one
+    client = await b.connect()
+    start = START.replace(b"POST ", b"POST http://localhost", 1)
+    client.writer.write(start + b"X: \xff\xfe\r\n" + LENGTH + b"\r\n" + BODY)
+    assert (await client.reply()).status == 400
     assert engine.asked == []
 
 
