@@ -12,7 +12,7 @@ with commas (silently ignored).
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import assert_never
 
@@ -25,6 +25,8 @@ from homegptd.core.model import ModelId, Proof, SleepLevel, SleepMode, Traits
 
 POLL_S = 0.1
 """Between two looks at something that only vLLM knows; there is no event to wait for."""
+_PINS_MIB_S = 512.0
+"""Half of the slowest pinning that was reported; what is known of a size may be half of it too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +41,7 @@ class Deadlines:
     """/is_sleeping waits for the running step to end: a long prefill, or a kernel compiled at its
     first use (20 s seen on two CPU cores). Shorter would restart busy engines."""
     sleep_s: float = 180.0
-    """The first level-1 sleep pins host memory, about 2-4 GiB/s; 100 GiB and more exist."""
+    """The first level-1 sleep pins host memory, 1-4 GiB/s; for 90 GiB and more see `for_size`."""
     settle_s: float = 20.0
     """How long an unanswered order may still show its effect before it counts as a fault."""
     idle_s: float = 30.0
@@ -52,6 +54,13 @@ class Deadlines:
     """A few tokens; the first request after a start may compile kernels."""
     prove_s: float = 300.0
     """A few hundred tokens, twice, with a sleep in between."""
+
+    @classmethod
+    def for_size(cls, pinned_mib: int) -> "Deadlines":
+        """For an engine whose first sleep pins that much. It may be the one inside of a proof."""
+        usual = cls()
+        more_s = max(pinned_mib / _PINS_MIB_S - usual.sleep_s, 0.0)
+        return replace(usual, sleep_s=usual.sleep_s + more_s, prove_s=usual.prove_s + more_s)
 
 
 class VllmEngine:

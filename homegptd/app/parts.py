@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from msgspec.structs import replace
 
 from homegptd.adapters.store import Store
-from homegptd.adapters.vllm import VllmEngine
+from homegptd.adapters.vllm import Deadlines, VllmEngine
 from homegptd.adapters.vllm_canary import Kind
 from homegptd.config.schema import Config
 from homegptd.core.durations import KEPT
@@ -46,6 +46,7 @@ def clients(
 ) -> dict[ModelId, VllmEngine]:
     """One client for each model; it is new, and knows no canary, where the engine will be."""
     engines = {}
+    pinned = {spec.model: spec.pinned_mib for spec in setup.specs}
     for model in setup.config.models:
         name = ModelId(model.id)
         kept = old.get(name) if old else None
@@ -54,7 +55,8 @@ def clients(
             continue
         kind = _KINDS[model.engine.kind] if model.engine else None
         at, key = setup.addresses[name], engine_key(model)
-        engines[name] = VllmEngine(name, at, kind=kind, api_key=key)
+        deadlines = Deadlines.for_size(pinned.get(name, 0))
+        engines[name] = VllmEngine(name, at, kind=kind, deadlines=deadlines, api_key=key)
     return engines
 
 

@@ -43,6 +43,14 @@ FAST = Options(weights_gb=4, kv_gb=2, speed=400, tokens_per_s=1.5, max_model_len
 """600 tokens a second; a wake takes 1 ms."""
 
 
+@pytest.mark.parametrize(("gib", "seconds"), [(0, 180), (16, 180), (90, 180), (250, 500)])
+def test_a_big_engine_gets_the_time_to_pin_what_it_holds(gib: int, seconds: int) -> None:
+    """At half of the slowest that was seen, 1 GiB/s. A proof may hold the first sleep."""
+    deadlines = Deadlines.for_size(gib << 10)
+    assert (deadlines.sleep_s, deadlines.prove_s) == (seconds, seconds + 120)
+    assert replace(deadlines, sleep_s=180, prove_s=300) == Deadlines()
+
+
 class Box:
     """One simulated server with its adapter."""
 

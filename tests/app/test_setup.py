@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from homegptd.app.parts import clients
 from homegptd.app.setup import Places, Setup, set_up
 from homegptd.config.parse import parse
 from homegptd.core.memory import Card, Gpu, Kind
@@ -42,6 +43,14 @@ def test_an_engine_that_others_start_may_know_no_alias() -> None:
         )
     )
     assert setup(text).by_id_only == {"c", "d"}
+
+
+def test_the_time_for_a_sleep_grows_with_what_it_pins() -> None:
+    took = {}
+    for gb in (8, 300):
+        [engine] = clients(setup((ONE % f", weights_gb: {gb}").replace("20", "400"))).values()
+        took[gb] = engine._deadlines.sleep_s
+    assert took == {8: 180, 300: 600}
 
 
 def test_who_trusts_what_was_given_gets_just_that() -> None:
