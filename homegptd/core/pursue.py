@@ -84,7 +84,7 @@ class _Pass:
     kept: set[ModelId] = field(default_factory=set)
     """Engines that an earlier goal wants up."""
     due: set[ModelId] = field(default_factory=set)
-    """Engines for which room is being made."""
+    """Engines for which room is being made, or will be as soon as fairness allows."""
 
     def run(self) -> None:
         for goal in goals(self.d):
@@ -93,7 +93,8 @@ class _Pass:
         for name, engine in list(self.d.engines.items()):
             if isinstance(engine.phase, Draining):
                 progress(self.d, engine, engine.phase, self.resting.get(name))
-        rousing.settle(self.d, self.due)
+        if not self.d.changed:  # else the next pass may make room again
+            rousing.settle(self.d, self.due)
 
     # ------------------------------------------------------------ one goal
 
@@ -257,11 +258,11 @@ class _Pass:
         self._claim(claim)
         if not free:
             return
+        self.due.add(goal.model)
         at = max((self._may_drain_at(goal, d.engines[name]) for name in displaced), default=d.now)
         if at > d.now:
             d.call_at(at)
             return
-        self.due.add(goal.model)
         self._remember(goal, displaced)
         for name, level in displaced.items():
             self._displace(goal, d.engines[name], level)

@@ -1,0 +1,41 @@
+"""Weights that are back stay, as long as room for the rest will be made."""
+
+from homegptd.core.commands import Sleep
+from homegptd.core.model import Awake, Draining, Policy, Roused
+from tests.core.builders import GB, Run, asleep, awake, box
+from tests.core.test_rousing import ABLE, card, close, orders, roused
+
+
+def test_a_request_that_goes_first_while_the_other_still_answers() -> None:
+    policy = Policy(patience_s=10.0, residency_s=0.0)
+    run = Run(card(policy=policy, a=awake(1, traits=ABLE, priority=2)))
+    run.request(2, "b")
+    run.wait(11.0)
+    run.done("b")
+    assert orders(run.request(3, "a", after=1.0)) == []
+    assert isinstance(run.phase("b"), Roused)
+    assert isinstance(run.phase("a"), Draining)
+
+
+def test_who_makes_room_may_change_again_and_again() -> None:
+    """a was used less, but c is idle now and then: then it is c that goes, after a quiet gap."""
+    up = {"traits": ABLE, "awake_mib": 45 * GB}
+    a, c = awake(1, **up), awake(1, first=50, since=90.0, last_used=99.0, **up)
+    b = asleep(traits=ABLE, pinned_mib=15 * GB)
+    run = Run(box(Policy(patience_s=5.0, residency_s=40.0), gpus=(130,), a=a, b=b, c=c))
+    run.request(2, "b")
+    run.wait(6.0)
+    run.done("b")
+    for ticket in range(50, 54):
+        assert orders(run(close(ticket), 1.0)) == []
+        assert isinstance(run.phase("a"), Awake)
+        assert isinstance(run.phase("b"), Roused)
+        assert orders(run.request(ticket + 1, "c", after=0.5)) == []
+        assert isinstance(run.phase("a"), Draining)
+    run(close(54))
+    assert [(type(each), each.model) for each in orders(run.wait(4.0))] == [(Sleep, "c")]
+
+
+def test_they_go_when_an_earlier_wish_comes_first() -> None:
+    run = roused()
+    assert [type(c) for c in orders(run(close(2)))] == [Sleep]
