@@ -66,7 +66,8 @@ class WakeEnded(Struct, frozen=True):
 
 
 class RouseEnded(Struct, frozen=True):
-    """`before`, `after` and `crowded` as for a start."""
+    """`before` and `after` as for a start. `crowded`: the same in one look, so that it says nothing
+    of what there will be."""
 
     model: ModelId
     order: OrderId

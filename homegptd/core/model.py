@@ -201,6 +201,8 @@ class Asleep(Struct, frozen=True):
     since: float
     frozen: frozenset[TicketId] = frozenset()
     frozen_until: float | None = None
+    crowded: bool = False
+    """Its weights found less room than the books say: they come back with the rest of it."""
 
 
 class Rousing(Struct, frozen=True):

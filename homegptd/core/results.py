@@ -105,9 +105,8 @@ def rouse_ended(d: Draft, event: RouseEnded) -> None:
     if engine is None or not isinstance(engine.phase, Rousing):
         return
     level = engine.phase.level
-    if event.crowded is not None:
-        d.phase(event.model, Asleep(level, d.now))
-        foreign.bar(d, event.model, event.crowded)
+    if event.crowded is not None:  # in one look, which may have come too soon to refuse anybody
+        d.phase(event.model, Asleep(level, d.now, crowded=True))
         return
     if event.failure is not None:
         _fail(d, engine, event.failure)

@@ -27,7 +27,7 @@ def rouse(d: Draft, engine: Engine, displaced: Collection[Engine]) -> None:
 def possible(state: State, engine: Engine, displaced: Collection[Engine]) -> bool:
     """Whether its weights fit beside all there is, while `displaced` have answers that may last."""
     traits, phase = engine.traits, engine.phase
-    if not isinstance(phase, Asleep) or phase.frozen or traits is None:
+    if not isinstance(phase, Asleep) or phase.frozen or phase.crowded or traits is None:
         return False
     able = state.policy.rouse and traits.can_rouse and ledger.takes_no_more(engine, phase.level)
     if not able or not all(_answers(each.phase) for each in displaced):

@@ -181,6 +181,8 @@ def _sentence(
                 return "info", f"{name} was found running, but does not answer yet"
             tried = f" (try {engine.failures + 1})" if engine.failures else ""
             return "info", f"{name} is starting{tried}"
+        case Asleep(crowded=True):
+            return "info", f"{name} is asleep still: its weights find no room yet"
         case Asleep(level=level, frozen=frozen):
             verb = "was found asleep" if adopted else "is asleep"
             held_back = f" with {count(len(frozen), 'frozen answer')}" if frozen else ""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from .events import Event, RouseEnded, StartEnded, WakeEnded
+from .events import Event, StartEnded, WakeEnded
 from .foreign import PRESSED
 from .memory import HOST, Foreign, Gpu
 from .model import ModelId, State
@@ -11,7 +11,7 @@ from .words import gb
 
 def barred(event: Event) -> ModelId | None:
     """Who was not started or woken for want of memory."""
-    if isinstance(event, StartEnded | WakeEnded | RouseEnded) and event.crowded is not None:
+    if isinstance(event, StartEnded | WakeEnded) and event.crowded is not None:
         return event.model
     return None
 
@@ -21,7 +21,7 @@ def lines(
 ) -> Iterator[tuple[bool, str, ModelId | None, str]]:
     """Whether it is a warning, its kind, its model, its text."""
     name = barred(event)
-    if name is not None and after is not before and not isinstance(event, RouseEnded):
+    if name is not None and after is not before:
         act = "started" if isinstance(event, StartEnded) else "woken"
         yield True, "no-room", name, f"{name} is not {act}: there is less memory than the books say"
     for place in {**before.foreign, **after.foreign}:

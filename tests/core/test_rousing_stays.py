@@ -1,9 +1,10 @@
-"""Weights that are back stay, as long as room for the rest will be made."""
+"""Weights that are back stay while room for the rest is made; without them all is as before."""
 
 from homegptd.core.commands import Sleep
-from homegptd.core.model import Awake, Draining, Policy, Roused
+from homegptd.core.events import RouseEnded
+from homegptd.core.model import Awake, Draining, Policy, Roused, TicketId
 from tests.core.builders import GB, Run, asleep, awake, box
-from tests.core.test_rousing import ABLE, card, close, orders, roused
+from tests.core.test_rousing import ABLE, B, card, close, orders, roused, rousing, seen
 
 
 def test_a_request_that_goes_first_while_the_other_still_answers() -> None:
@@ -39,3 +40,11 @@ def test_who_makes_room_may_change_again_and_again() -> None:
 def test_they_go_when_an_earlier_wish_comes_first() -> None:
     run = roused()
     assert [type(c) for c in orders(run(close(2)))] == [Sleep]
+
+
+def test_want_of_room_for_the_weights_turns_nobody_away() -> None:
+    """One look may come too soon: what another engine gave back can show late."""
+    run = rousing(card(a=awake(1, traits=ABLE, awake_mib=42 * GB)))
+    run(RouseEnded(B, run.orders.pop("b").order, crowded=seen(0.0)))
+    assert [waiting.id for waiting in run.state.waiting] == [TicketId(2)]
+    assert isinstance(run.phase("a"), Draining)
