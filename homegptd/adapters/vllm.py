@@ -110,10 +110,11 @@ class VllmEngine:
             if not asleep:
                 await self._sing()
             level = await self._asleep_level() if asleep else None
-            if level is not None and self._profile.takes_back:
+            if asleep and self._profile.takes_back:
                 # Whoever was here before may have died between two halves of a wake, which nothing
-                # tells: on an engine that is wholly asleep this does nothing.
-                await self._order_sleep(level, SleepMode.KEEP)
+                # tells: on an engine that is wholly asleep this does nothing. One whose level
+                # nothing tells (no metrics) is reloaded at its wake in any case.
+                await self._order_sleep(level or SleepLevel.TWO, SleepMode.KEEP)
             return self._traits(version, sleeping.status != 404, asleep=asleep, level=level)
 
     async def is_sleeping(self) -> bool:

@@ -450,6 +450,19 @@ async def test_who_died_between_two_halves_of_a_wake_leaves_nothing_on_the_card(
         await adopted.wake(level, frozen=False)
 
 
+async def test_also_where_nothing_tells_how_it_slept(tmp_path: Path):
+    async with box(tmp_path, version="0.32.0") as made:
+        await made.engine.identify()
+        await made.engine.sleep(ONE, WAIT)
+        asleep = made.used_mib()
+        await made.engine.rouse(ONE)
+        made.server.metrics.sleep_state = None  # as with --disable-log-stats
+        traits = await made.engine.identify()
+        assert (traits.asleep, traits.asleep_level) == (True, None)
+        assert made.used_mib() == asleep
+        await made.engine.wake(SleepLevel.TWO, frozen=False)
+
+
 async def test_an_engine_that_wakes_wholly_instead_has_lied(tmp_path: Path):
     async with box(tmp_path, version="0.31.0") as made:
         await made.engine.identify()
