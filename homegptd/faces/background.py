@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -26,7 +26,7 @@ from homegptd.runtime.scheduler import Lease, Scheduler
 
 from .accounts import Accounts, End, Record
 from .ask import Limits
-from .clients import Client, asking
+from .clients import asking
 from .stored import Stored
 from .upstream import Address
 
@@ -65,6 +65,9 @@ class _Held:
     news: asyncio.Event = field(default_factory=asyncio.Event)
     seen: bytes = b""
     """What the engine said of it last."""
+    over: bool = False
+    counts: ExitStack = field(default_factory=ExitStack)
+    """It counts for the key of its client from the end of its request on, until it is over."""
 
 
 class _Status(msgspec.Struct):
@@ -91,12 +94,14 @@ class Background:
     async def beyond(self, lease: Lease, begun: Begun, record: Record) -> AsyncIterator[None]:
         """The lease for the block, and beyond it where a response began. Raises: Refused."""
         client, model, relayed = asking(), lease.model, asyncio.Event()
+        held: _Held | None = None
 
         def began(ident: str) -> None:
+            nonlocal held
             held = _Held(lease, ident, record, at, secret, relayed)
             record.goes_on = True
             self._stored.running[model, ident] = lease
-            work = self._hold(held, stack.pop_all(), client)
+            work = self._hold(held, stack.pop_all())
             self._scheduler.beside(work, f"response {ident}")
 
         async with AsyncExitStack() as stack:
@@ -107,17 +112,20 @@ class Background:
                 yield
             finally:
                 relayed.set()
+                if held is not None and not held.over:
+                    held.counts.enter_context(client.goes_on())
 
-    async def _hold(self, held: _Held, stack: AsyncExitStack, client: Client) -> None:
+    async def _hold(self, held: _Held, stack: AsyncExitStack) -> None:
         try:
             async with stack:
-                with client.goes_on():
-                    end = await self._ended(held)
-                    await held.relayed.wait()
-                    held.record.end = end
+                end = await self._ended(held)
+                await held.relayed.wait()
+                held.record.end = end
         except Exception:
             log.exception('the response %s of "%s"', held.ident, held.lease.model)
         finally:
+            held.over = True
+            held.counts.close()
             self._forget(held)
             held.record.goes_on = False
             self._accounts.close(held.record)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
@@ -121,7 +121,8 @@ class Router:
         client = asking()
         record = Record(client.name)
         try:
-            with client.counted():
+            # what asks about a response is no second one: the response counts until it has ended
+            with nullcontext() if route.where is Where.STORED else client.counted():
                 if route.where is Where.SESSION:
                     return await realtime.answer(request, self._line(route))
                 await _client_reads(request)

@@ -305,13 +305,45 @@ def test_what_is_kept_is_bounded() -> None:
     assert kept.ended("e") == (chat, b"x" * 100)
 
 
+@asynccontextmanager
+async def with_key(tmp_path: Path, maker: Maker, most: int) -> AsyncIterator[tuple[box.Box, str]]:
+    key = Key("one", digest("hg-one"), concurrency=most)
+    async with running(tmp_path, maker, guard=Guard(keys=Keyring([key]))) as b:
+        yield b, "Authorization: Bearer hg-one\r\n"
+
+
 async def test_it_counts_for_the_key_that_asked(tmp_path: Path, maker: Maker) -> None:
-    key = Key("one", digest("hg-one"), concurrency=1)
-    guard, bearer = Guard(keys=Keyring([key])), "Authorization: Bearer hg-one\r\n"
-    async with running(tmp_path, maker, guard=guard) as b:
+    async with with_key(tmp_path, maker, 1) as (b, bearer):
         assert (await b.ask(PATH, ASK, more=bearer)).status == 200
         await maker.is_looked_at()
         assert (await b.ask(PATH, ASK, more=bearer)).status == 429
+        maker.status = "completed"
+        await b.until(lambda: b.leases() == 0)
+        assert (await b.ask(PATH, ASK, more=bearer)).status == 200
+
+
+async def test_who_may_have_one_under_way_may_ask_for_it_and_cancel_it(
+    tmp_path: Path, maker: Maker
+) -> None:
+    async with with_key(tmp_path, maker, 1) as (b, bearer):
+        assert (await b.ask(PATH, ASK, more=bearer)).status == 200
+        await maker.is_looked_at()
+        asked = await b.ask(f"{PATH}/resp_1", method="GET", more=bearer)
+        assert (asked.status, asked.json["status"]) == (200, "queued")
+        assert (await b.ask(f"{PATH}/resp_1/cancel", b"", more=bearer)).status == 200
+
+
+async def test_a_stream_of_it_counts_once(tmp_path: Path, maker: Maker) -> None:
+    async with with_key(tmp_path, maker, 2) as (b, bearer):
+        client = await b.connect()
+        client.send(PATH, ASK | {"stream": True}, more=bearer)
+        await client.reader.readuntil(b"resp_1")
+        await maker.is_looked_at()
+        other = ASK | {"background": False}
+        assert (await b.ask(PATH, other, more=bearer)).status == 200
+        client.hang_up()
+        await maker.is_looked_at()
+        assert (await b.ask(PATH, other, more=bearer)).status == 200
         maker.status = "completed"
         await b.until(lambda: b.leases() == 0)
         assert (await b.ask(PATH, ASK, more=bearer)).status == 200
