@@ -82,7 +82,7 @@ def _doing(state: State, engine: Engine, now: float) -> Iterator[str]:
             if orders:
                 yield _ordered(max(orders, key=lambda each: _left_s(state, each, now)))
             for other in ahead(state, model):
-                if isinstance(state.engines[other].phase, Asleep | Down):
+                if isinstance(state.engines[other].phase, Asleep | Rousing | Roused | Down):
                     yield f"Waiting for the turn of {other}"
             for name, how in (make_room(state, model, may_displace=is_not_pinned) or {}).items():
                 leases = running(state.engines[name])

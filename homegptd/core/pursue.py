@@ -272,7 +272,7 @@ class _Pass:
         elif not displaced and d.quiet(gpus) and fits:
             if isinstance(engine.phase, Asleep | Roused):
                 d.wake(goal.model, engine.phase)
-            elif isinstance(engine.phase, Down):
+            elif isinstance(engine.phase, Down) and not rousing.undo(d, gpus):
                 d.start(goal.model)
 
     def _remember(self, goal: Goal, displaced: levels.Displacements) -> None:

@@ -9,7 +9,18 @@ from collections.abc import Collection
 
 from . import ledger
 from .draft import Draft
-from .model import Asleep, Awake, Draining, Engine, ModelId, Phase, Roused, SleepMode, State
+from .model import (
+    Asleep,
+    Awake,
+    Draining,
+    Engine,
+    Gpu,
+    ModelId,
+    Phase,
+    Roused,
+    SleepMode,
+    State,
+)
 
 
 def rouse(d: Draft, engine: Engine, displaced: Collection[Engine]) -> None:
@@ -44,6 +55,23 @@ def _answers(phase: Phase) -> bool:
 def settle(d: Draft, due: Collection[ModelId]) -> None:
     """Whoever is roused, and not `due` to be awake, goes back to sleep."""
     for name, engine in list(d.engines.items()):
-        phase = engine.phase
-        if isinstance(phase, Roused) and name not in due and d.quiet(engine.spec.gpus):
-            d.sleep(name, phase.level, mode=SleepMode.WAIT)
+        if name not in due:
+            _back_to_sleep(d, engine)
+
+
+def undo(d: Draft, gpus: tuple[Gpu, ...]) -> bool:
+    """Whether somebody who is roused on these GPUs goes back to sleep before a start there.
+
+    That takes minutes, and whoever is wanted on his other GPUs would wait for it as well.
+    """
+    here = [each for each in d.engines.values() if not set(gpus).isdisjoint(each.spec.gpus)]
+    went = [_back_to_sleep(d, engine) for engine in here]
+    return any(went)
+
+
+def _back_to_sleep(d: Draft, engine: Engine) -> bool:
+    phase = engine.phase
+    if not isinstance(phase, Roused) or not d.quiet(engine.spec.gpus):
+        return False
+    d.sleep(engine.spec.model, phase.level, mode=SleepMode.WAIT)
+    return True

@@ -1,10 +1,11 @@
 """Weights that are back stay while room for the rest is made; without them all is as before."""
 
-from homegptd.core.commands import Sleep
+from homegptd.core.commands import Sleep, Start
 from homegptd.core.events import RouseEnded
-from homegptd.core.model import Awake, Draining, Policy, Roused, TicketId
-from tests.core.builders import GB, Run, asleep, awake, box
-from tests.core.test_rousing import ABLE, B, card, close, orders, roused, rousing, seen
+from homegptd.core.model import Act, Awake, Draining, Gpu, ModelId, Policy, Roused, TicketId
+from homegptd.core.outlook import outlook
+from tests.core.builders import GB, Run, asleep, awake, box, down
+from tests.core.test_rousing import ABLE, G0, NOW, B, card, close, orders, roused, rousing, seen
 
 
 def test_a_request_that_goes_first_while_the_other_still_answers() -> None:
@@ -48,3 +49,17 @@ def test_want_of_room_for_the_weights_turns_nobody_away() -> None:
     run(RouseEnded(B, run.orders.pop("b").order, crowded=seen(0.0)))
     assert [waiting.id for waiting in run.state.waiting] == [TicketId(2)]
     assert isinstance(run.phase("a"), Draining)
+
+
+def test_before_a_start_they_go_or_they_would_stay_as_long_as_it_takes() -> None:
+    """On two GPUs: whoever is wanted on the other one would wait for that start too."""
+    b = asleep(traits=ABLE, gpus=(G0, Gpu(1)))
+    run = roused(box(NOW, gpus=(100, 100), a=awake(1, traits=ABLE), b=b, c=down(gpus=(Gpu(1),))))
+    assert [(type(each), each.model) for each in orders(run.ask(Act.START, "c"))] == [(Sleep, B)]
+    assert [(type(each), each.model) for each in orders(run.done("b"))] == [(Start, "c")]
+
+
+def test_who_comes_later_is_told_whose_turn_it_is() -> None:
+    run = roused(card(c=asleep(traits=ABLE)))
+    run.request(3, "c", after=1.0)
+    assert outlook(run.state, ModelId("c"), run.now).doing == "Waiting for the turn of b"
