@@ -16,20 +16,20 @@ LOOK_AGAIN_S = 0.2
 """Until the box looks what to do by itself after the last answer of an engine, in seconds."""
 
 
-def quick(state: State, event: Event, now: float) -> Outcome | None:
-    """The outcome, or None where this is a case for `step`.
+def quick(state: State, event: Event, now: float, *, calm: bool = False) -> Outcome | None:
+    """The outcome, or None where this is a case for `step`. `calm`: the state came out of here.
 
     `wake_at` comes beside what was asked for before: no deadline of the state has changed.
     """
     match event:
         case RequestArrived(ticket):
             engine = state.engines.get(ticket.model)
-            if engine is not None and engine.enabled and _is_calm(state):
+            if engine is not None and engine.enabled and (calm or is_calm(state)):
                 return _granted(state, engine, ticket, now)
         case TicketClosed(number, served):
             known = state.granted.get(number)
             engine = None if known is None else state.engines.get(known.model)
-            if known is not None and engine is not None and _is_calm(state):
+            if known is not None and engine is not None and (calm or is_calm(state)):
                 return _left(state, engine, known, now, served=served)
         case _:
             pass
@@ -56,7 +56,8 @@ def _left(
     awake = Awake(phase.since, left, None if left else now, phase.held_until)
     failures = 0 if served else engine.failures
     rest = replace(engine, phase=awake, failures=failures, last_used=now)
-    granted = {number: each for number, each in state.granted.items() if number != ticket.id}
+    granted = dict(state.granted)
+    del granted[ticket.id]
     at = None if left else now + LOOK_AGAIN_S
     return Outcome(_with(state, rest, granted, now), (), at)
 
@@ -66,8 +67,8 @@ def _with(state: State, engine: Engine, granted: dict[TicketId, Ticket], now: fl
     return replace(state, engines=engines, granted=granted, wanted_at=now)
 
 
-def _is_calm(state: State) -> bool:
-    """Nobody wants anything, and nothing is under way."""
+def is_calm(state: State) -> bool:
+    """Nobody wants anything, and nothing is under way. `quick` leaves it so."""
     if state.waiting or state.operations or state.chores or state.freed or state.stopping:
         return False
     return state.booted and all(map(_is_settled, state.engines.values()))

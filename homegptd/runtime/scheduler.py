@@ -135,6 +135,8 @@ class Scheduler:
     def __init__(self, state: State, carrier: Carrier, *, max_wait_s: float) -> None:
         self.loop = asyncio.get_running_loop()
         self._state = state
+        self._calm = False
+        """Whether the last step was a quick one."""
         self._carrier = carrier
         self._max_wait_s = max_wait_s
         self._inbox: deque[Event] = deque()
@@ -207,15 +209,18 @@ class Scheduler:
 
     def _take(self, event: Event) -> None:
         before, now = self._state, self.loop.time()
-        short = quick(before, event, now)
+        short = quick(before, event, now, calm=self._calm)
         outcome = short or step(before, event, now)
-        self._state = outcome.state
-        self._rearm(_earlier(self._rings_at, outcome.wake_at) if short else outcome.wake_at)
+        self._state, self._calm = outcome.state, short is not None
+        if short is None:
+            self._rearm(outcome.wake_at)
+        elif outcome.wake_at is not None:
+            self._rearm(_earlier(self._rings_at, outcome.wake_at))
         for command in outcome.commands:
             self._carry_out(command)
         if self._emptied is not None and not outcome.state.granted and not self._emptied.done():
             self._emptied.set_result(None)
-        if not short:
+        if short is None:
             lines = tell(before, event, outcome, now)
             if lines:
                 self._publish(lines)

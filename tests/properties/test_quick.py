@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from homegptd.core.events import RequestArrived, TicketClosed, TimePassed
 from homegptd.core.machine import step
 from homegptd.core.model import TicketId
-from homegptd.core.quick import quick
+from homegptd.core.quick import is_calm, quick
 from homegptd.core.story import tell
 from tests.core.builders import asleep, awake, box, down, ticket
 from tests.properties.test_planner import fleets
@@ -32,6 +32,7 @@ def test_a_request_that_comes_or_goes_is_the_same_both_ways(state, data) -> None
         assert long.wake_at is not None
         assert long.wake_at <= then.wake_at
     assert tell(state, event, short, NOW) == ()
+    assert is_calm(short.state)
 
 
 def test_it_is_taken_only_while_nobody_wants_anything_else() -> None:

@@ -5,9 +5,11 @@ import asyncio
 import pytest
 import uvloop
 
+from homegptd.core.draft import Outcome
 from homegptd.core.events import Event, Observed
 from homegptd.core.machine import initial
-from homegptd.core.model import Act, Asleep, Awake, Draining, Gpu, ModelId, Policy
+from homegptd.core.model import Act, Asleep, Awake, Draining, Gpu, ModelId, Policy, State
+from homegptd.core.quick import is_calm, quick
 from homegptd.core.refusals import Reason
 from homegptd.runtime.scheduler import Lease, Refused, Scheduler
 from tests.core.builders import GB, spec
@@ -164,6 +166,29 @@ async def test_an_exception_inside_the_block_gives_the_lease_back() -> None:
             async with small.scheduler.lease(A, freezable=True):
                 raise ZeroDivisionError
         assert small.nothing_is_left()
+
+
+@jumping
+async def test_only_what_a_quick_step_made_is_taken_for_calm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken = []
+
+    def looked(state: State, event: Event, now: float, *, calm: bool) -> Outcome | None:
+        taken.append(calm)
+        assert is_calm(state) or not calm
+        return quick(state, event, now, calm=calm)
+
+    monkeypatch.setattr("homegptd.runtime.scheduler.quick", looked)
+    async with Small().running() as small:
+        await small.until_booted()
+        for _ in range(3):
+            async with asyncio.TaskGroup() as group:
+                group.create_task(ask(small.scheduler, A, 1.0))
+                group.create_task(ask(small.scheduler, A, 1.0))
+                await asyncio.sleep(0.5)
+                group.create_task(ask(small.scheduler, B, 1.0))
+    assert {True, False} == set(taken)
 
 
 @jumping
