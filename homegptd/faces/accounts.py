@@ -119,6 +119,8 @@ class Record:
 
     def tokens(self) -> tuple[int | None, int | None]:
         """Read and written, as far as the answer said so."""
+        if not self._last:
+            return None, None
         last = tokens(self._last)
         if last.read is None:
             return tokens(self._first, first=True).read, last.written

@@ -187,6 +187,8 @@ class Hold:
         _invite(request)
         while piece := await _next_piece(request):
             self._take(piece, limit)
+            if request.content.at_eof():
+                break
         if self._file is not None:
             return Spooled(self._file, [range(self._size)])
         pieces, self._pieces = self._pieces, []
@@ -255,8 +257,10 @@ async def read_body(request: web.BaseRequest, limit: int) -> bytes:
 
 
 def _invite(request: web.BaseRequest) -> None:
+    if request.headers.get("Expect", "").lower() != "100-continue":
+        return
     transport = request.transport
-    if request.headers.get("Expect", "").lower() == "100-continue" and transport is not None:
+    if transport is not None:
         transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 

@@ -116,7 +116,7 @@ class Guard:
 
     def _host_is_ours(self, request: web.BaseRequest) -> None:
         host = request.headers.get("Host")
-        if host is not None and not self._is_ours(host):
+        if host is not None and not _is_ours(host, self.hosts, self.own):
             hint = "use its address, or name it in http.hosts"
             raise _forbidden(f'"{host[:100]}" is not a name of this box', hint)
 
@@ -125,14 +125,6 @@ class Guard:
             hint = "use homegptctl on the box, or a key that may (homegptctl key add)"
             raise _forbidden("management is not open to this address", hint)
         _is_no_other_site(request)
-
-    def _is_ours(self, host: str) -> bool:
-        name = _without_port(host.lower())
-        if name in self.hosts or name in self.own or name.endswith(_PRIVATE):
-            return True
-        if "." not in name and ":" not in name:
-            return bool(name)  # nobody can have a name without a dot in public DNS
-        return _is_address(name)
 
     def _is_near(self, request: web.BaseRequest) -> bool:
         if any(name in request.headers for name in _FORWARDED):
@@ -175,6 +167,15 @@ def _is_same(request: web.BaseRequest, origin: str) -> bool:
 
 
 @lru_cache(maxsize=64)
+def _is_ours(host: str, *known: frozenset[str]) -> bool:
+    name = _without_port(host.lower())
+    if any(name in names for names in known) or name.endswith(_PRIVATE):
+        return True
+    if "." not in name and ":" not in name:
+        return bool(name)  # nobody can have a name without a dot in public DNS
+    return _is_address(name)
+
+
 def _is_address(name: str) -> bool:
     try:
         ip_address(name)

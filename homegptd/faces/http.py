@@ -20,7 +20,7 @@ from homegptd.runtime.scheduler import Scheduler
 
 from . import apidoc, errors, methods
 from .accounts import Accounts
-from .clients import Client, asks
+from .clients import Client, Headers, asks
 from .desk import Desk
 from .errors import Denied, Problem, Shape
 from .guard import Access, Guard
@@ -83,13 +83,11 @@ class Door:
     def close(self) -> None:
         self._router.pool.close()
 
-    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+    def __call__(self, request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
         client = self.guard.greet(request)
         asks(client)
-        response = await self._answered(request, client)
-        if client.headers and isinstance(response, web.Response):
-            response.headers.update(client.headers)
-        return response
+        answer = self._answered(request, client)
+        return _with(client.headers, answer) if client.headers else answer
 
     async def _answered(self, request: web.BaseRequest, client: Client) -> web.StreamResponse:
         shape = Shape.OPENAI
@@ -135,6 +133,13 @@ class Door:
                 return entry, unquote(path[end:])
             end = path.find("/", end) + 1
         raise Denied(_not_there(path))
+
+
+async def _with(headers: Headers, answer: Awaitable[web.StreamResponse]) -> web.StreamResponse:
+    response = await answer
+    if isinstance(response, web.Response):
+        response.headers.update(headers)
+    return response
 
 
 def _not_there(path: str) -> Problem:

@@ -101,7 +101,7 @@ class Intake:
             begun = Begun() if wish.background else None
             learn = partial(self._learn, model, begun)
             ask = replace(ask, learn=learn, replayable=not wish.stores)
-        wanted = replace(self._request(route, model, ask), stream=wish.stream and route.streams)
+        wanted = self._request(route, model, ask, stream=wish.stream and route.streams)
         if begun is not None:
             wanted = replace(wanted, background=begun)
         if task:
@@ -122,7 +122,7 @@ class Intake:
         if not self._models.is_known_to(model, form.model):
             body = multipart.with_model(body, form, model)
         ask = Ask(route.path, _passed_on(request), body, route.shape)
-        return replace(self._request(route, model, ask), stream=form.stream)
+        return self._request(route, model, ask, stream=form.stream)
 
     def _read_stored(self, request: web.BaseRequest, route: Route) -> Wanted:
         path = request.raw_path.partition("?")[0]
@@ -136,12 +136,13 @@ class Intake:
             raise Denied(Problem(404, "not_found", text, param="response_id"))
         ask = Ask(path + query, _passed_on(request), b"", route.shape, method=route.method)
         under = self._stored.running.get((model, ident))
-        return replace(self._request(route, model, ask), stream=stream, under=under, ended=ended)
+        wanted = self._request(route, model, ask, stream=stream)
+        return replace(wanted, under=under, ended=ended)
 
-    def _request(self, route: Route, model: ModelId, ask: Ask) -> Wanted:
+    def _request(self, route: Route, model: ModelId, ask: Ask, *, stream: bool) -> Wanted:
         unasked = "" if route.wakes else f"{route.method} {route.path} wakes no model"
         ask = replace(ask, replayable=False) if route.once else ask
-        return Wanted(model, False, ask, self._scheduler.loop.time(), unasked)
+        return Wanted(model, stream, ask, self._scheduler.loop.time(), unasked)
 
     def _learn(self, model: ModelId, begun: Begun | None, data: bytes) -> None:
         ident = self._stored.learn(data, model, self._scheduler.state.engines)

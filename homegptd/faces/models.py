@@ -38,9 +38,11 @@ class Models:
 
     def is_known_to(self, model: ModelId, name: str | None) -> bool:
         """Whether the engine of `model` answers to this name."""
+        if name == model:
+            return True
         if name is None or self._desk.resolve(name) is None:
             return False  # none, or a virtual one
-        return name == model or model not in self._desk.by_id_only
+        return model not in self._desk.by_id_only
 
     def kind(self, model: ModelId) -> str | None:
         """What the model is for, as configured; None where that is not known."""

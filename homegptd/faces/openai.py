@@ -98,13 +98,16 @@ def with_model(body: Body, model: str) -> Body:
 
 
 def _wish(found: _Body) -> Wish:
-    model, previous = _scalar(found.model), _scalar(found.previous_response_id)
+    model = _scalar(found.model)
     if model is not None and not isinstance(model, str):
         raise NotUnderstood(f'"model" must be a string of at most {_LONGEST} bytes', param="model")
-    background = bool(_scalar(found.background))
+    stream = found.stream is not _ABSENT and is_yes(_scalar(found.stream))
+    if found.store is found.background is found.previous_response_id is _ABSENT:
+        return Wish(model or None, stream)
+    background, previous = bool(_scalar(found.background)), _scalar(found.previous_response_id)
     stores = _scalar(found.store) is True or background or previous is not None
     before = previous if isinstance(previous, str) else None
-    return Wish(model or None, is_yes(_scalar(found.stream)), stores, background, before)
+    return Wish(model or None, stream, stores, background, before)
 
 
 def _scalar(raw: msgspec.Raw) -> object:

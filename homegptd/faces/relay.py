@@ -152,7 +152,7 @@ class Answer:
     # ------------------------------------------------------------ the engine speaks
 
     def on_head(self, head: Head) -> None:
-        kind = head.get(b"content-type")
+        kind = head.kind
         endless = head.length is None and not head.chunked and head.status not in (204, 304)
         if head.status < 200 or endless:
             self._lost("sent an answer without a length")
@@ -176,7 +176,8 @@ class Answer:
         version = b"1.1" if self._request.version >= HttpVersion11 else b"1.0"
         lines = [b"HTTP/%s %d %s" % (version, head.status, head.reason)]
         lines += [b"%s: %s" % each for each in head.headers if each[0].lower() not in _HOP_BY_HOP]
-        lines += [b"%s: %s" % (k.encode(), v.encode()) for k, v in self._more]
+        if self._more:
+            lines += [b"%s: %s" % (k.encode(), v.encode()) for k, v in self._more]
         if self._chunked:
             lines.append(b"Transfer-Encoding: chunked")
         if not self.keep_alive:
@@ -279,7 +280,8 @@ class Answer:
         if client.is_closing():  # uvloop raises where asyncio only warns
             return
         client.write(data)
-        if self._protocol.writing_paused and not self._over:
+        # mostly all is out at once, and then nobody need ask whether it was too much
+        if client.get_write_buffer_size() and self._protocol.writing_paused and not self._over:
             self._full = True
             self._connection.pause()
             self._wake()

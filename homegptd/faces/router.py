@@ -125,11 +125,12 @@ class Router:
             with nullcontext() if route.where is Where.STORED else client.counted():
                 if route.where is Where.SESSION:
                     return await realtime.answer(request, self._line(route))
-                await _client_reads(request)
+                if request.protocol.writing_paused:
+                    await request.writer.drain()  # a client that asks and asks and reads nothing
                 with self._settings.bodies.hold() as hold:
                     wanted = await self._intake.read(request, route, hold)
                     record.model = wanted.model
-                    early = self._early(request, route, wanted)
+                    early = self._early(request, route, wanted) if wanted.stream else None
                     if early is None:
                         serve = self._serve_when_up if wanted.unasked else self._serve
                         return await serve(request, wanted, record)
@@ -330,7 +331,7 @@ class Router:
         return engine is not None and isinstance(engine.phase, Awake)
 
     def _early(self, request: web.BaseRequest, route: Route, wanted: Wanted) -> Early | None:
-        if not wanted.stream or wanted.unasked or not speaks(route.path):
+        if wanted.unasked or not speaks(route.path):
             return None
         model = wanted.model
         return Early(
@@ -358,12 +359,6 @@ def _tell(broken: Broken) -> None:
     """A cut the machine has told of itself, and what vLLM says of a request is the client's."""
     if broken.refusal.reason is not Reason.CUT and broken.problem.status >= 500:
         log.warning("%s", broken.refusal.message)
-
-
-async def _client_reads(request: web.BaseRequest) -> None:
-    """A client that sends request after request and reads no answer waits here, holding nothing."""
-    if request.protocol.writing_paused:
-        await request.writer.drain()
 
 
 def _least(one: float | None, other: float | None) -> float | None:

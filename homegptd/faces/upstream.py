@@ -35,10 +35,8 @@ class Head(Struct, frozen=True):
     headers: list[tuple[bytes, bytes]]
     chunked: bool
     length: int | None
-
-    def get(self, name: bytes) -> bytes:
-        """The value of a header (lower case); empty if it is not there."""
-        return next((value for key, value in self.headers if key.lower() == name), b"")
+    kind: bytes
+    """The content type; empty if there is none."""
 
 
 class Sink(Protocol):
@@ -129,7 +127,7 @@ class Connection(asyncio.Protocol):
             return
         if self._reusable and self._unsent is None and not transport.get_write_buffer_size():
             self.used = True
-            self.resume()
+            transport.resume_reading()
             self._pool.keep(self)
         else:
             self._unsent = None
@@ -195,15 +193,17 @@ class Connection(asyncio.Protocol):
         return rest
 
     def _head(self) -> Head:
-        chunked, length = False, None
+        chunked, length, kind = False, None, b""
         for key, value in self._headers:
             name = key.lower()
             if name == b"transfer-encoding":
                 chunked = value.lower() == b"chunked"
             elif name == b"content-length":
                 length = int(value)
+            elif name == b"content-type":
+                kind = kind or value
         status = self._parser.get_status_code()
-        return Head(status, self._reason, self._headers, chunked, length)
+        return Head(status, self._reason, self._headers, chunked, length, kind)
 
     def _hand_over(self, data: bytes, sink: Sink) -> None:
         if data and self._sink is sink:
