@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from aiohttp import web
 
 from homegptd.faces.server import Server
 
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -19,8 +20,8 @@ async def fine(request: web.BaseRequest) -> web.StreamResponse:
 
 
 @asynccontextmanager
-async def serving(**bounds: Any) -> AsyncIterator[int]:
-    runner = web.ServerRunner(Server(fine, **bounds))
+async def serving(handler: Handler = fine, **bounds: Any) -> AsyncIterator[int]:
+    runner = web.ServerRunner(Server(handler, **bounds))
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
@@ -85,3 +86,74 @@ async def test_what_is_not_http_fills_no_log(caplog: pytest.LogCaptureFixture) -
         assert (await reader.read()).startswith(b"HTTP/1.0 400")
         writer.close()
     assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
+
+
+async def test_a_request_that_fails_is_the_last_of_its_connection_and_of_no_other() -> None:
+    async def failing(request: web.BaseRequest) -> web.StreamResponse:
+        async with asyncio.timeout(0.01):
+            await asyncio.sleep(60)
+        return await fine(request)
+
+    async with serving(failing) as port:
+        for _ in range(2):
+            reader, writer = await connect(port)
+            writer.write(GET + GET)
+            said = await reader.read()
+            assert said.startswith(b"HTTP/1.1 504")
+            assert said.count(b"HTTP/1.1") == 1
+            writer.close()
+
+
+async def test_a_time_limit_inside_a_request_harms_no_later_one() -> None:
+    async def impatient(request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            async with asyncio.timeout(0.01):
+                await asyncio.sleep(60)
+        except TimeoutError:
+            return await fine(request)
+        raise AssertionError
+
+    async with serving(impatient) as port:
+        reader, writer = await connect(port)
+        for _ in range(3):
+            writer.write(GET)
+            await reader.readuntil(b"fine")
+        writer.close()
+
+
+@pytest.mark.parametrize("pipelined", [False, True])
+async def test_a_client_that_hangs_up_ends_its_request(pipelined: bool) -> None:
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    async def waiting(request: web.BaseRequest) -> web.StreamResponse:
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+        raise AssertionError
+
+    async with serving(waiting, handler_cancellation=True) as port, asyncio.timeout(5):
+        _, writer = await connect(port)
+        writer.write(GET * (2 if pipelined else 1))
+        await begun.wait()
+        begun.clear()
+        writer.transport.abort()
+        await ended.wait()
+    assert not begun.is_set()
+
+
+async def test_a_server_that_ends_waits_for_a_request() -> None:
+    begun = asyncio.Event()
+
+    async def slow(request: web.BaseRequest) -> web.StreamResponse:
+        begun.set()
+        await asyncio.sleep(0.05)
+        return await fine(request)
+
+    async with serving(slow) as port, asyncio.timeout(5):
+        reader, writer = await connect(port)
+        writer.write(GET)
+        await begun.wait()
+    assert b"fine" in await reader.read()
+    writer.close()
