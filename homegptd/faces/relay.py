@@ -72,7 +72,7 @@ async def relay(
     while True:
         if connection is None:
             connection = await _connect(pool, address, lease, unchunked=old)
-        answer = Answer(request, ask, connection, lease, limits, record, pool.loop, early)
+        answer = Answer(request, ask, connection, lease, limits, record, pool, early)
         await answer.relayed()
         if not answer.stale:
             return KEPT if answer.keep_alive else CLOSED
@@ -99,15 +99,16 @@ class Answer:
         "_ask", "_begun", "_chunked", "_client", "_connection", "_early", "_full", "_head",
         "_heard", "_held", "_hold", "_idle_s", "_last", "_lease", "_limits", "_loop", "_more",
         "_over", "_owed", "_problem", "_protocol", "_record", "_request", "_spoiled", "_sse",
-        "_status", "_tick_s", "_timer", "_torn", "_turn", "keep_alive", "stale",
+        "_status", "_tick_s", "_ticks", "_torn", "_turn", "keep_alive", "stale",
     )  # fmt: skip
 
     def __init__(
         self, request: web.BaseRequest, ask: Ask, connection: Connection, lease: Lease,
-        limits: Limits, record: Record, loop: asyncio.AbstractEventLoop, early: Early | None,
+        limits: Limits, record: Record, pool: Pool, early: Early | None,
     ) -> None:  # fmt: skip
         self._request, self._ask, self._connection, self._early = request, ask, connection, early
-        self._lease, self._limits, self._record, self._loop = lease, limits, record, loop
+        self._lease, self._limits, self._record = lease, limits, record
+        self._loop, self._ticks = pool.loop, pool.ticks
         self._protocol = request.protocol
         client = request.transport
         if client is None:
@@ -124,16 +125,16 @@ class Answer:
         self._begun = self._over = self._spoiled = self._torn = False
         self._full = self._heard = False
         self._problem: Broken | None = None
-        self._turn: asyncio.Future[None] = loop.create_future()
+        self._turn: asyncio.Future[None] = pool.loop.create_future()
         self._tick_s = min(limits.first_byte_s / 8, limits.between_bytes_s / 8,
                            limits.client_s / 8, LOOK_S)  # fmt: skip
-        self._idle_s = 0.0
-        self._timer = loop.call_later(self._tick_s, self._tick)
+        self._idle_s = -self._tick_s  # the first tick may come at once
 
     async def relayed(self) -> None:
         """Until the answer has ended one way or the other. Raises: Broken."""
         cut = self._lease.cut
         cut.add_done_callback(self._on_cut)
+        self._ticks.join(self, self._tick_s)
         try:
             self._connection.send(self, self._ask.head(), self._ask.body)
             while not self._over:
@@ -142,7 +143,7 @@ class Answer:
                     await self._until_client_reads()
         finally:
             cut.remove_done_callback(self._on_cut)
-            self._timer.cancel()
+            self._ticks.leave(self, self._tick_s)
             self._connection.leave()
             if self._begun and not self._over:
                 self._client.abort()  # cancelled, or a defect: nothing may follow what is out
@@ -312,9 +313,8 @@ class Answer:
             makes_sense = refusal.reason is Reason.CUT and refusal.retry_after_s is not None
             self._end(refusal, again=makes_sense)
 
-    def _tick(self) -> None:
+    def tick(self) -> None:
         """Count silence in steps: time spent frozen does not count, whenever it began."""
-        self._timer = self._loop.call_later(self._tick_s, self._tick)
         if self._early is not None and not self._full:
             self._show_life(self._early)
         if self._heard:

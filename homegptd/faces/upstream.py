@@ -16,6 +16,7 @@ import httptools
 from msgspec import Struct
 
 from .bodies import Body, Spooled
+from .ticks import Ticks
 
 Address: TypeAlias = str | tuple[str, int]
 """The path of a Unix socket, or host and port."""
@@ -280,6 +281,7 @@ class Pool:
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
+        self.ticks = Ticks(self.loop)
         self._idle: dict[Address, list[Connection]] = {}
         self.heard_at: dict[Address, float] = {}
 
