@@ -11,6 +11,7 @@ import re
 import msgspec
 from msgspec import Raw
 
+ABORT = b'"abort"'
 _ABORT = re.compile(rb'(?:finish|stop)_reason"\s*:\s*"abort"')
 _CANCELLED = re.compile(rb'"status":"cancelled"')
 """How vLLM 0.32 translates it for /v1/responses. Without Harmony an aborted response says
@@ -40,10 +41,15 @@ class _Answer(_Part):
 _decoder = msgspec.json.Decoder(_Answer)
 
 
+def reads_more(path: str) -> bool:
+    """Whether it takes more than a search for `ABORT` to see a cut in its answers."""
+    return path in ("/v1/responses", "/v1/messages")
+
+
 def cut_at(path: str, data: bytes, *, sse: bool, whole: bool) -> int:
     """Where it shows; -1: nowhere. `whole`: these bytes are all of an answer that is no stream."""
     # rfind costs a third of what `in` does for such short bytes (CPython 3.11)
-    if data.rfind(b'"abort"') >= 0:
+    if data.rfind(ABORT) >= 0:
         for match in _ABORT.finditer(data):
             if _is_cut(_around(data, match.start(), sse=sse), path):
                 return match.start()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Protocol, TypeAlias, cast
 
 import httptools
@@ -59,6 +60,8 @@ class Connection(asyncio.Protocol):
         self.silent = True
         """No byte of the answer has come."""
         self.complete = False
+        self.between = False
+        """What came last ends where a chunk ends, and the next one follows."""
         self._pool = pool
         self._sink: Sink | None = None
         self._transport: asyncio.Transport | None = None
@@ -73,7 +76,7 @@ class Connection(asyncio.Protocol):
         self._reason = b""
         self._headed = self._told = False
         self._answers = 0
-        self._in_chunk = False
+        self._chunked = self._in_chunk = self.between = False
         self._reusable = False
 
     # ------------------------------------------------------------ for the relay
@@ -108,10 +111,6 @@ class Connection(asyncio.Protocol):
                 self._unsent = None
             elif self._transport is not None:
                 self._transport.write(piece)
-
-    def at_boundary(self, data: bytes) -> bool:
-        """Whether `data`, the newest, ends where a chunk of the transfer coding ends."""
-        return not self._in_chunk and data.endswith(b"\n")
 
     def pause(self) -> None:
         if self._transport is not None and not self._transport.is_closing():
@@ -161,6 +160,9 @@ class Connection(asyncio.Protocol):
         if sink is None:
             self.discard()  # an answer that nobody asked for
             return
+        if self.between and data.startswith(_size_line(len(data))) and data.endswith(b"\r\n"):
+            sink.on_body(data)  # one whole chunk: the parser need not see it
+            return
         self.silent = False
         try:
             self._parser.feed_data(data)
@@ -175,7 +177,11 @@ class Connection(asyncio.Protocol):
             if rest is None:
                 return
             data = rest
+        self.between = self._is_between(data)
         self._hand_over(data, sink)
+
+    def _is_between(self, data: bytes) -> bool:
+        return self._chunked and not (self._in_chunk or self.complete) and data.endswith(b"\n")
 
     def _take_head(self, data: bytes, sink: Sink) -> bytes | None:
         """What follows the head; None if it is not complete, or no good."""
@@ -190,7 +196,9 @@ class Connection(asyncio.Protocol):
             self._break("sent a head that ends in bare line feeds")
             return None
         rest, self._raw, self._told = self._raw[end + 4 :], b"", True
-        sink.on_head(self._head())
+        head = self._head()
+        self._chunked = head.chunked
+        sink.on_head(head)
         return rest
 
     def _head(self) -> Head:
@@ -257,6 +265,18 @@ class Connection(asyncio.Protocol):
         self._reusable = self._parser.should_keep_alive()
 
 
+@lru_cache(maxsize=1024)
+def _size_line(length: int) -> bytes:
+    """How so many bytes begin if they are one whole chunk, and not the last one. Any other way to
+    write its size is the parser's business."""
+    for digits in range(1, 9):
+        size = length - digits - 4
+        line = b"%x\r\n" % max(size, 0)
+        if size > 0 and len(line) == digits + 2:
+            return line
+    return b"-" * (length + 1)  # there is none of that length
+
+
 class Unchunked(Connection):
     """For clients of HTTP/1.0, who know no transfer coding: the sink gets the bare body."""
 
@@ -267,7 +287,11 @@ class Unchunked(Connection):
     def on_body(self, body: bytes) -> None:
         self._pieces.append(body)
 
-    def at_boundary(self, data: bytes) -> bool:
+    def data_received(self, data: bytes) -> None:
+        self.between = False  # the parser takes the bodies out, so it has to see all
+        super().data_received(data)
+
+    def _is_between(self, data: bytes) -> bool:
         return not self._in_chunk
 
     def _hand_over(self, data: bytes, sink: Sink) -> None:
