@@ -97,9 +97,9 @@ class Answer:
 
     __slots__ = (
         "_ask", "_begun", "_chunked", "_client", "_connection", "_early", "_full", "_head",
-        "_heard", "_held", "_hold", "_idle_s", "_last", "_lease", "_limits", "_loop", "_more",
-        "_over", "_owed", "_plain", "_problem", "_protocol", "_record", "_request", "_spoiled",
-        "_sse", "_status", "_tick_s", "_ticks", "_torn", "_turn", "keep_alive", "stale",
+        "_heard", "_held", "_hold", "_idle_s", "_last", "_lease", "_limits", "_loop", "_modern",
+        "_more", "_over", "_owed", "_plain", "_problem", "_protocol", "_record", "_request",
+        "_spoiled", "_sse", "_status", "_tick_s", "_ticks", "_torn", "_turn", "keep_alive", "stale",
     )  # fmt: skip
 
     def __init__(
@@ -115,6 +115,7 @@ class Answer:
             raise ConnectionResetError("the client is gone")
         self._client = client
         self._more = asking().headers
+        self._modern = request.version >= HttpVersion11
         self.keep_alive = request.keep_alive
         self.stale = False
         self._head = self._last = self._owed = b""
@@ -159,7 +160,7 @@ class Answer:
             self._lost("sent an answer without a length")
             return
         self._status = head.status
-        self._chunked = head.chunked and self._request.version >= HttpVersion11
+        self._chunked = head.chunked and self._modern
         self._sse = head.chunked and kind.startswith(b"text/event-stream")
         if self._sse:
             self._hold = _HOLD_CHUNK
@@ -174,7 +175,7 @@ class Answer:
                 self._hold = _HOLD_ANSWER
 
     def _client_head(self, head: Head) -> bytes:
-        version = b"1.1" if self._request.version >= HttpVersion11 else b"1.0"
+        version = b"1.1" if self._modern else b"1.0"
         lines = [b"HTTP/%s %d %s" % (version, head.status, head.reason)]
         lines += [b"%s: %s" % each for each in head.headers if each[0].lower() not in _HOP_BY_HOP]
         if self._more:

@@ -269,11 +269,12 @@ class Router:
         self, request: web.BaseRequest, wanted: Wanted, record: Record, *, replay: bool
     ) -> web.StreamResponse:
         asks, key = not wanted.unasked, asking()
+        patience_s = self._patience_s(request, wanted)
         lease = self._scheduler.lease(
             wanted.model,
             freezable=wanted.stream or wanted.background is not None,
             may_switch=asks and key.may_switch,
-            max_wait_s=_least(self._patience_s(request, wanted), key.max_wait_s),
+            max_wait_s=key.max_wait_s if patience_s is None else _least(patience_s, key.max_wait_s),
             replay=replay and asks,
         )
         if wanted.early is not None and not self._is_awake(wanted.model):
@@ -361,8 +362,6 @@ def _tell(broken: Broken) -> None:
         log.warning("%s", broken.refusal.message)
 
 
-def _least(one: float | None, other: float | None) -> float | None:
+def _least(one: float, other: float | None) -> float:
     """The stricter of two limits, of which None is none."""
-    if one is None or other is None:
-        return other if one is None else one
-    return min(one, other)
+    return one if other is None else min(one, other)

@@ -177,11 +177,11 @@ class Connection(asyncio.Protocol):
             if rest is None:
                 return
             data = rest
-        self.between = self._is_between(data)
+        self.between = self._chunked and self._is_between(data)
         self._hand_over(data, sink)
 
     def _is_between(self, data: bytes) -> bool:
-        return self._chunked and not (self._in_chunk or self.complete) and data.endswith(b"\n")
+        return not (self._in_chunk or self.complete) and data.endswith(b"\n")
 
     def _take_head(self, data: bytes, sink: Sink) -> bytes | None:
         """What follows the head; None if it is not complete, or no good."""

@@ -208,14 +208,14 @@ class Scheduler:
             self._stepping = False
 
     def _take(self, event: Event) -> None:
-        before, now = self._state, self.loop.time()
+        before, now, rings_at = self._state, self.loop.time(), self._rings_at
         short = quick(before, event, now, calm=self._calm)
         outcome = short or step(before, event, now)
         self._state, self._calm = outcome.state, short is not None
         if short is None:
             self._rearm(outcome.wake_at)
-        elif outcome.wake_at is not None:
-            self._rearm(_earlier(self._rings_at, outcome.wake_at))
+        elif short.wake_at is not None and (rings_at is None or short.wake_at < rings_at):
+            self._rearm(short.wake_at)
         for command in outcome.commands:
             self._carry_out(command)
         if self._emptied is not None and not outcome.state.granted and not self._emptied.done():
@@ -241,9 +241,11 @@ class Scheduler:
     def _carry_out(self, command: Command) -> None:
         match command:
             case Grant(ticket):
-                self._settle(ticket, outcome=True)
+                if (lease := self._leases.get(ticket)) is not None:
+                    lease.settle(outcome=True)
             case Refuse(ticket, refusal):
-                self._settle(ticket, outcome=refusal)
+                if (lease := self._leases.get(ticket)) is not None:
+                    lease.settle(refusal)
             case Cut(ticket, refusal):
                 lease = self._leases.get(ticket)
                 if lease is not None and not lease.cut.done():
@@ -321,11 +323,6 @@ class Scheduler:
         if engine is not None and ticket.id in held(engine):
             self.post(EngineSilent(ticket.model, engine.incarnation, seconds))
 
-    def _settle(self, ticket: TicketId, *, outcome: Refusal | bool) -> None:
-        lease = self._leases.get(ticket)
-        if lease is not None:
-            lease.settle(outcome)
-
     # ------------------------------------------------------------ operations
 
     def operate(
@@ -385,12 +382,6 @@ class Scheduler:
             yield
         finally:
             self._watchers.discard(watcher)
-
-
-def _earlier(one: float | None, other: float | None) -> float | None:
-    if one is None or other is None:
-        return other if one is None else one
-    return min(one, other)
 
 
 def _fields(line: Line) -> dict[str, object]:
