@@ -6,7 +6,7 @@ A transition has its GPUs for itself, so what changes on them meanwhile is its d
 import asyncio
 from collections.abc import Callable
 
-from homegptd.core import figures, foreign
+from homegptd.core import figures, foreign, ledger
 from homegptd.core.events import Event, MemorySeen
 from homegptd.core.memory import Gpu, Held, Seen
 from homegptd.core.model import ModelId, State
@@ -70,14 +70,15 @@ async def watch(
     """For ever: tell what the memory looks like when it is not what the books say.
 
     What is missing counts when it was missing in two looks in a row: memory that an engine gave
-    back can show late.
+    back can show late. What an order found missing has been looked at already.
     """
     last: dict[Gpu, int] = {}
     while True:
         seen = await meter.seen()
         if seen is not None:
             now = foreign.missing(state(), seen)
-            sure = {place: min(mib, last.get(place, 0)) for place, mib in now.items()}
+            charged = {place: ledger.foreign(state(), place) for place in now}
+            sure = {p: min(mib, max(last.get(p, 0), charged[p])) for p, mib in now.items()}
             if foreign.is_news(state(), sure, seen.pressure):
                 post(MemorySeen(sure, seen.strangers, seen.pressure))
             last = now

@@ -7,7 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from homegptd.core.events import MemorySeen, SleepEnded, StartEnded, WakeEnded
-from homegptd.core.memory import HOST, Card, Gpu, Held, Kind, Seen, Source
+from homegptd.core.memory import HOST, Card, Foreign, Gpu, Held, Kind, Seen, Source
 from homegptd.core.model import Asleep, Awake, ModelId, State
 from homegptd.runtime.measuring import LOOK_S, SETTLE_S, watch
 from homegptd.runtime.scheduler import Refused
@@ -154,4 +154,23 @@ async def test_strangers_are_told_when_they_were_seen_twice() -> None:
         await asyncio.sleep(LOOK_S)
         assert told[0].missing == {G0: 90, HOST: 0}
         assert told[0].strangers == {G0: "game (pid 3)"}
+        task.cancel()
+
+
+@jumping
+async def test_what_kept_a_wake_out_is_not_forgotten_at_the_next_look() -> None:
+    """While an order is in flight little is missing; what it then tells needs no second look."""
+    _, meter = measured()
+    told: list[MemorySeen] = []
+    state = replace(State(), gpus={G0: 100}, host_mib=1000)
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(watch(meter, lambda: state, told.append))  # type: ignore[arg-type]
+        await asyncio.sleep(LOOK_S * 0.5)
+        meter.strangers = 90
+        state = replace(state, foreign={G0: Foreign(90, "game (pid 3)")})
+        await asyncio.sleep(LOOK_S * 2)
+        assert told == []
+        meter.strangers = 0
+        await asyncio.sleep(LOOK_S)
+        assert told[0].missing == {G0: 0, HOST: 0}
         task.cancel()
