@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PREFIX ?= /usr/local
+JOBS   ?= auto
 
 .DEFAULT_GOAL := help
 .PHONY: help run test check fmt simulate soak bench render install uninstall deb clean
@@ -26,7 +27,7 @@ run: $(VENV)/.run        ## the demo, no GPU, no root: make run ARGS="--models 8
 	@$(BIN)/homegptd demo $(ARGS)
 
 test: $(VENV)/.dev       ## every test that needs no privileges
-	$(BIN)/pytest -q -m 'not lab and not webui'
+	$(BIN)/pytest -q -m 'not lab and not webui' -n $(JOBS) --maxprocesses 8 --dist worksteal
 
 check: $(VENV)/.dev      ## ruff, mypy, import borders
 	$(BIN)/ruff check .

@@ -5,13 +5,14 @@ What the daemon tells systemd (sd_notify) is how tests wait for it; nothing here
 
 import json
 import os
+import random
 import select
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -225,6 +226,12 @@ def notify_socket(path: Path) -> Iterator[tuple[socket.socket, str]]:
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """Below those that the kernel gives to whoever asks for any: none of the clients and servers
+    that run beside takes it before the daemon does."""
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    first = int(given.read_text().split()[0]) if given.exists() else 32768
+    while True:
+        port = random.randrange(min(10000, first - 1), first)
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
