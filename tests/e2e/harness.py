@@ -31,6 +31,8 @@ class SimModel:
     awake_gb: float = 60.0
     flags: tuple[str, ...] = ()
     extra: str = ""
+    engine: str = ""
+    """More keys of its `engine:`, as YAML in flow style."""
     command: str | None = None
 
     def yaml(self, card: Path, speed: float) -> str:
@@ -42,13 +44,14 @@ class SimModel:
             "--sim-residue-gb", "1", "--sim-speed", f"{speed:g}", *self.flags,
         ]  # fmt: skip
         command = self.command or "[" + ", ".join(f"'{word}'" for word in argv) + "]"
+        more = f", {self.engine}" if self.engine else ""
         return (
             f"  - id: {self.id}\n"
             f"    gpu_memory_gb: {self.awake_gb + 1}\n"
             f"    weights_gb: {self.weights_gb}\n"
             f"    residue_gb: 1.1\n"
             f"    startup_mode: {self.startup}\n"
-            f"    engine: {{command: {command}}}\n{self.extra}"
+            f"    engine: {{command: {command}{more}}}\n{self.extra}"
         )
 
 

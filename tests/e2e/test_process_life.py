@@ -121,7 +121,7 @@ def test_a_model_that_never_gets_healthy_is_stepped_over(box: Box) -> None:
         "switching: {available_ram_gb: 256, max_retries: 4, health_check_interval_seconds: 0.5}\n"
     )
     stuck = SimModel("stuck", flags=("--sim-imports-s", "100000"))
-    box.write(stuck, SimModel("a", "active"), head=head)
+    box.write(stuck, SimModel("a", "active", engine="start_timeout_s: 15"), head=head)
     with box.daemon() as daemon:
         assert "degraded" in daemon.ready()
         assert "not healthy after 2 s" in box.model("stuck")["error"]["message"]
