@@ -34,6 +34,8 @@ _CANNOT_RUN = {
 """podman-run(1), "Exit Status": a configuration fault, the next try would end the same way."""
 _BEFORE_THE_ENGINE = ("podman", "install", "rm", "sh")
 """Programs of a unit whose words are about its start; conmon's are the engine's own."""
+_LATE_S = (0.1, 0.3, 0.6)
+"""Looks at a journal that may come late: on a busy machine the end of a unit is known before."""
 _LONGEST_NOTE = 200
 """Characters; a sha256 has 71."""
 _DENIED = {
@@ -251,23 +253,28 @@ class SystemdUnits:
                 pass
         end = unit.end()
         why = _CANNOT_RUN.get(end.status) if end.code == os.CLD_EXITED else None
-        words = await self._last_words(unit)
+        ended = exit_of(end)
+        spoke = why is not None or ended.code is None
+        words = await self._last_words(unit, _LATE_S if spoke else ())
         said = f": {words}" if words else ""
         if why is not None:
             return Fault(f"{text}{why} (exit {end.status}){said}", hint=hint, lasting=True)
-        return Fault(f"{text}{name} {exit_of(end).detail}{said}", hint=hint)
+        return Fault(f"{text}{name} {ended.detail}{said}", hint=hint)
 
-    async def _last_words(self, unit: Unit) -> str:
+    async def _last_words(self, unit: Unit, pauses: Sequence[float]) -> str:
         """What podman, or a command before it, said in this try; "" where we may not read it."""
         try:
             number = await self._manager.get(unit.path, "Unit", "InvocationID")
         except BusError:
             return ""
         this = f"_SYSTEMD_INVOCATION_ID={bytes(number).hex()}"
-        lines = await newest_lines(20, this, *(f"_COMM={name}" for name in _BEFORE_THE_ENGINE))
         told = tuple(f"{name}: " for name in ("Error", *_BEFORE_THE_ENGINE))
-        errors = [line for line in lines if line.startswith(told)]
-        return errors[-1].removeprefix("Error: ")[:300] if errors else ""
+        for pause in (0.0, *pauses):
+            await asyncio.sleep(pause)
+            lines = await newest_lines(20, this, *(f"_COMM={name}" for name in _BEFORE_THE_ENGINE))
+            if errors := [line for line in lines if line.startswith(told)]:
+                return errors[-1].removeprefix("Error: ")[:300]
+        return ""
 
     # ------------------------------------------------------------ stopping
 

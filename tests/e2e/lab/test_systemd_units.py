@@ -334,6 +334,20 @@ async def test_a_missing_image_is_a_lasting_fault(machine: Machine, units: Syste
     assert at.value.hint == "journalctl -u vllm-alpha.service -n 20"
 
 
+async def test_a_journal_that_comes_late_is_looked_at_again(
+    machine: Machine, units: SystemdUnits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.install("vllm-alpha.container", ENGINE.replace("homegpt-sim:1", "no-such-image:1"))
+    looks = [(), ("Error: no-such-image:1: image not known",)]
+
+    async def newest_lines(*_: object) -> tuple[str, ...]:
+        return looks.pop(0)
+
+    monkeypatch.setattr("homegptd.adapters.systemd.newest_lines", newest_lines)
+    with pytest.raises(Fault, match=r"\(exit 125\): no-such-image:1: image not known"):
+        await units.start(ALPHA)
+
+
 async def test_a_missing_gpu_is_a_lasting_fault(machine: Machine, units: SystemdUnits) -> None:
     machine.install("vllm-alpha.container", ENGINE.replace("gpu=all", "gpu=7"))
     with pytest.raises(Fault, match=r"its container cannot be started \(exit 126\)") as at:
