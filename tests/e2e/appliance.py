@@ -213,7 +213,7 @@ def installed() -> Iterator[Appliance]:
         pytest.skip(why)
     package = _build()
     roots.prepare(roots.BASE)  # the engine's image is made of it
-    with booted(roots.CLEAN) as machine:
+    with booted(roots.CLEAN, shared=real_folders()) as machine:
         began = time.monotonic()
         install(machine, package)
         load_engine(machine, WEBUI)
@@ -235,6 +235,17 @@ def running(appliance: Appliance) -> Appliance:
     """As `appliance`, and READY."""
     appliance.start()
     return appliance
+
+
+def real_folders() -> dict[Path, str]:
+    """Where the machine finds the real vLLM, its Python and its model; empty if there is none."""
+    python, model = (os.environ.get(f"HOMEGPT_REAL_{name}") for name in ("VLLM", "MODEL"))
+    if not (python and model):
+        return {}
+    prefix = [python, "-c", "import sys; print(sys.base_prefix)"]
+    base = subprocess.run(prefix, capture_output=True, text=True, check=True).stdout.strip()
+    folders = (Path(python).parents[1], Path(base), Path(model))
+    return {folder: f"/srv/real/{number}" for number, folder in enumerate(folders)}
 
 
 def install(machine: Machine, package: Path) -> None:

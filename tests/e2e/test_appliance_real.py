@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from .appliance import Appliance, Sim, beside
+from .appliance import Appliance, Sim, beside, real_folders
 from .client import answer, client, streamed
 from .lab import roots
 
@@ -27,23 +27,15 @@ pytestmark = [
 # torch compiles C++ at run time even with --enforce-eager
 COMPILER = roots.Layer("compiler", ("g++", "libnuma1"), under=roots.BASE)
 IMAGE = "localhost/homegpt-vllm:1"
-INSIDE = "/var/lib/containers/real"
 PATIENCE_S = 300.0
 
 
 @pytest.fixture(scope="session")
 def real(installed: Appliance) -> Iterator[Sim]:
     """The configuration of a real engine, whose image and files are on the machine."""
-    python = Path(os.environ["HOMEGPT_REAL_VLLM"])
-    prefix = [str(python), "-c", "import sys; print(sys.base_prefix)"]
-    base = Path(subprocess.run(prefix, capture_output=True, text=True, check=True).stdout.strip())
-    folders = [python.parents[1], base, Path(os.environ["HOMEGPT_REAL_MODEL"])]
-    shared = installed.machine.root.parent / "containers/real"
-    volumes = []
-    for number, folder in enumerate(folders):
-        _copy(folder.resolve(), shared / str(number))
-        volumes.append(f"'{INSIDE}/{number}:{folder}:ro'")
+    python, model = (Path(os.environ[f"HOMEGPT_REAL_{name}"]) for name in ("VLLM", "MODEL"))
     _import(installed, python)
+    volumes = [f"'{inside}:{outside}:ro'" for outside, inside in real_folders().items()]
     env = "VLLM_CPU_KVCACHE_SPACE: '1', HOME: /root"
     args = {"enforce-eager": "true", "max-model-len": 2048, "max-num-seqs": 16,
             "gpu-memory-utilization": 0.1, "no-enable-sleep-mode": "true"}  # fmt: skip
@@ -51,25 +43,14 @@ def real(installed: Appliance) -> Iterator[Sim]:
     yield Sim(
         "real",
         "active",
-        whole=f"{{image: {IMAGE}, model: {folders[2]}, args: {{{words}}}, env: {{{env}}}, "
+        whole=f"{{image: {IMAGE}, model: {model}, args: {{{words}}}, env: {{{env}}}, "
         f"start_timeout_s: {PATIENCE_S:g}, volumes: [{', '.join(volumes)}]}}",
     )
     installed.machine.run("podman", "rmi", "-f", IMAGE)
 
 
-def _copy(folder: Path, to: Path) -> None:
-    """By hard links where it can be: some gigabytes."""
-    to.parent.mkdir(exist_ok=True)
-    for how in ("-al", "-a"):
-        done = subprocess.run(["cp", how, folder, to], capture_output=True, check=False)
-        if done.returncode == 0:
-            return
-        subprocess.run(["rm", "-rf", to], check=True)
-    raise RuntimeError(f"cannot copy {folder} to {to}: {done.stderr.decode()[-500:]}")
-
-
 def _import(box: Appliance, python: Path) -> None:
-    name = "/var/lib/containers/real/image.tar"
+    name = "/var/lib/containers/image.tar"
     with roots.lent(COMPILER) as root:
         tar = ["tar", "-C", str(root), "--one-file-system", "-cf", str(box.machine.path(name)), "."]
         subprocess.run(tar, check=True, capture_output=True)

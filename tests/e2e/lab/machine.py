@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from . import roots
 
@@ -243,25 +244,30 @@ class Machine:
 
 
 @contextmanager
-def booted(layer: roots.Layer = roots.BASE) -> Iterator[Machine]:
-    """A fresh machine, powered off and removed at the end. About 4 s in all."""
+def booted(
+    layer: roots.Layer = roots.BASE, *, shared: Mapping[Path, str] = MappingProxyType({})
+) -> Iterator[Machine]:
+    """A fresh machine, powered off and removed at the end. About 4 s in all.
+
+    `shared`: the host's folders, and where they are seen inside, read-only.
+    """
     with roots.lent(layer) as root:
         _furnish(root)
-        machine = boot(root)
+        machine = boot(root, shared=shared)
         try:
             yield machine
         finally:
             machine.unplug()
 
 
-def boot(root: Path) -> Machine:
+def boot(root: Path, *, shared: Mapping[Path, str] = MappingProxyType({})) -> Machine:
     """Start systemd in `root` and wait until it has finished booting."""
     with tempfile.TemporaryDirectory(prefix="lab-") as name:
         notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         with notify, (root.parent / "console.log").open("wb") as console:
             notify.bind(f"{name}/notify")
             nspawn = subprocess.Popen(
-                _nspawn(root),
+                _nspawn(root, shared),
                 env={**_host_env(), "NOTIFY_SOCKET": f"{name}/notify"},
                 stdin=subprocess.DEVNULL,
                 stdout=console,
@@ -271,7 +277,7 @@ def boot(root: Path) -> Machine:
             return Machine(root, _until_booted(notify, nspawn, Path(console.name)), nspawn)
 
 
-def _nspawn(root: Path) -> list[str]:
+def _nspawn(root: Path, shared: Mapping[Path, str]) -> list[str]:
     return [
         *("setpriv", "--pdeathsig", "KILL"),  # no machine outlives its test run
         *("systemd-nspawn", "--register=no", "--keep-unit", f"--machine=lab{os.getpid()}"),
@@ -280,6 +286,7 @@ def _nspawn(root: Path) -> list[str]:
         *("--bind=/dev/fuse", "--bind=/dev/net/tun", "--property=DeviceAllow=char-* rwm"),
         f"--bind={root.parent / 'containers'}:/var/lib/containers",
         f"--bind-ro={REPO}:{SOURCE}",
+        *(f"--bind-ro={outside}:{inside}" for outside, inside in shared.items()),
     ]
 
 
