@@ -186,7 +186,8 @@ class Background:
         lease, ident = held.lease, held.ident
         self._forget(held)
         held.record.passed(held.seen, whole=True)
-        if held.seen and status != _UNKNOWN:
+        owner = self._stored.owner(ident, self._scheduler.state.engines)
+        if held.seen and status != _UNKNOWN and owner in (None, lease.model):
             self._stored.keep(ident, lease.model, _told(held.seen, status, why))
         if why:
             log.warning('the response %s of "%s" is %s: %s', ident, lease.model, status, why)

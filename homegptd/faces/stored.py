@@ -37,12 +37,13 @@ class Stored:
 
     def learn(self, data: bytes, model: ModelId, engines: Mapping[ModelId, Engine]) -> str | None:
         """Take the id out of the first bytes of an answer. It stays that of the engine which gave
-        it first, while that one may have it: a client can ask for any id (`request_id`)."""
+        it first, while that one may have it or its end is kept: a client can ask for any id
+        (`request_id`)."""
         found = _ID.search(data, 0, _LOOK)
         if found is None:
             return None
         ident, incarnation = found[1].decode(), engines[model].incarnation
-        if self.find(ident, engines) not in (None, model):
+        if self.owner(ident, engines) not in (None, model):
             return ident
         self._by.pop(ident, None)
         self._drop(ident)
@@ -59,6 +60,11 @@ class Stored:
             self._by.pop(ident, None)
             return None
         return model
+
+    def owner(self, ident: str, engines: Mapping[ModelId, Engine]) -> ModelId | None:
+        """The model that gave it: its engine may have it, or how it ended is kept."""
+        kept, _ = self._ended.get(ident, (None, b""))
+        return kept or self.find(ident, engines)
 
     def keep(self, ident: str, model: ModelId, body: bytes) -> None:
         """How a response in the background ended, for as long as there is room."""

@@ -36,6 +36,7 @@ class Maker:
 
     def __init__(self) -> None:
         self.status = "queued"
+        self.output = ["hello"]
         self.mute = False
         self.cancelled = False
         self.looks = 0
@@ -46,7 +47,7 @@ class Maker:
         used = {"input_tokens": 3, "output_tokens": 4}
         ended = self.status in ("completed", "incomplete")
         told = {"id": "resp_1", "status": self.status, "usage": used if ended else None}
-        return told | {"output": ["hello"] if ended else []}
+        return told | {"output": self.output if ended else []}
 
     async def __call__(self, given: Asked) -> None:
         method, path = given.line.split(" ")[:2]
@@ -292,6 +293,24 @@ async def test_an_id_that_is_given_anew_is_asked_of_its_engine(b: box.Box, maker
     assert (await get(b)).json["status"] == "queued"
     maker.status = "incomplete"
     assert (await until_kept(b)).json["status"] == "incomplete"
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_an_id_stays_that_of_the_model_which_gave_it_first(
+    tmp_path: Path, maker: Maker, restarted: bool
+) -> None:
+    """A client can ask for any id."""
+    other = Maker()
+    other.output = ["not yours"]
+    async with running(tmp_path, maker) as b, Engine(tmp_path / "coder", other).running():
+        await b.ask(PATH, ASK)
+        maker.status = other.status = "completed"
+        assert (await until_kept(b)).json["output"] == ["hello"]
+        if restarted:
+            b.died("chat")
+        assert (await b.ask(PATH, ASK | {"model": "coder"})).status == 200
+        await b.until(lambda: b.leases("coder") == 0)
+        assert (await get(b)).json["output"] == ["hello"]
 
 
 def test_what_is_kept_is_bounded() -> None:
