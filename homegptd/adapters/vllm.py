@@ -84,7 +84,7 @@ class VllmEngine:
         self._model = model
         self._wire = Wire(at, api_key)
         self._kind = kind
-        self._deadlines = deadlines or Deadlines()
+        self.deadlines = deadlines or Deadlines()
         self._profile: Profile = PROFILES[-1]
         self._canary: Canary | None = None
         self._longest = 0
@@ -94,18 +94,18 @@ class VllmEngine:
     async def ready(self) -> bool:
         """200 from /health. That it listens is the news: vLLM binds early and listens late."""
         try:
-            return (await self._ask("GET", "/health", self._deadlines.ready_s)).ok
+            return (await self._ask("GET", "/health", self.deadlines.ready_s)).ok
         except EngineFault:
             return False
 
     async def identify(self) -> Traits:
         with cannot(f'identify "{self._model}"'):
             version = str(
-                (await self._ask("GET", "/version", self._deadlines.ask_s)).pick("version")
+                (await self._ask("GET", "/version", self.deadlines.ask_s)).pick("version")
             )
             self._profile = profile_of(version)
             self._canary = None  # a new life may serve under another name
-            sleeping = await self._ask("GET", "/is_sleeping", self._deadlines.check_s)
+            sleeping = await self._ask("GET", "/is_sleeping", self.deadlines.check_s)
             asleep = sleeping.status != 404 and truth(sleeping)
             if not asleep:
                 await self._sing()
@@ -119,20 +119,20 @@ class VllmEngine:
 
     async def is_sleeping(self) -> bool:
         with cannot(f'ask "{self._model}" whether it sleeps'):
-            return await self._sleeps(self._deadlines.check_s)
+            return await self._sleeps(self.deadlines.check_s)
 
     async def check(self) -> None:
         with cannot(f'vouch for "{self._model}"'):
-            answer = await self._ask("GET", "/is_sleeping", self._deadlines.check_s)
+            answer = await self._ask("GET", "/is_sleeping", self.deadlines.check_s)
             if answer.status == 404:  # no dev mode: the models list is the best there is
-                answer = await self._ask("GET", "/v1/models", self._deadlines.ask_s)
+                answer = await self._ask("GET", "/v1/models", self.deadlines.ask_s)
             answer.required()
 
     async def speak(self) -> None:
         """Workers that wait for each other leave all else answering (vllm#45094)."""
         await self.check()
         with cannot(f'get a word out of "{self._model}"'):
-            await (await self._met()).sing(deadline_s=self._deadlines.canary_s, tokens=1)
+            await (await self._met()).sing(deadline_s=self.deadlines.canary_s, tokens=1)
 
     # --- telling
 
@@ -147,7 +147,7 @@ class VllmEngine:
         with cannot(f'rouse "{self._model}"'):
             async with self._wire.kept():
                 await self._wake_weights(level)
-                if not await self._sleeps(self._deadlines.check_s):
+                if not await self._sleeps(self.deadlines.check_s):
                     raise Lied("vLLM was to wake its weights alone, and is awake")
 
     async def wake(self, level: SleepLevel, *, frozen: bool, roused: bool = False) -> None:
@@ -166,10 +166,10 @@ class VllmEngine:
                 assert_never(proof)
         with cannot(f'{act} "{self._model}"'):
             try:
-                async with asyncio.timeout(self._deadlines.prove_s):
+                async with asyncio.timeout(self.deadlines.prove_s):
                     return await trial(await self._rig(proof))
             except TimeoutError:
-                raise Hung(f"the trial did not end in {self._deadlines.prove_s:g} s") from None
+                raise Hung(f"the trial did not end in {self.deadlines.prove_s:g} s") from None
 
     # --- the transactions
 
@@ -178,7 +178,7 @@ class VllmEngine:
         if self._profile.dies_of_sleep_under_load:
             await self._see_it_empty()
         await self._order_sleep(level, mode)
-        if not await self._sleeps(self._deadlines.check_s):
+        if not await self._sleeps(self.deadlines.check_s):
             raise Lied("vLLM answered 200 to /sleep and is awake")
 
     async def _order_sleep(self, level: SleepLevel, mode: SleepMode) -> None:
@@ -186,13 +186,13 @@ class VllmEngine:
         if self._profile.sleep_modes:
             asked["mode"] = mode.value
         try:
-            answer = await self._ask("POST", "/sleep", self._deadlines.sleep_s, asked)
+            answer = await self._ask("POST", "/sleep", self.deadlines.sleep_s, asked)
         except Hung as hung:
             if self._profile.sleep_modes and mode is SleepMode.WAIT:
                 # A pending wait already shows as sleeping, so looking tells nothing. Aborting what
                 # hangs in the drained engine lets both orders end (seen on 0.32).
                 asked["mode"] = SleepMode.ABORT.value
-                (await self._ask("POST", "/sleep", self._deadlines.settle_s, asked)).required()
+                (await self._ask("POST", "/sleep", self.deadlines.settle_s, asked)).required()
                 return
             await self._settle(hung, asleep=True)
             return
@@ -206,9 +206,9 @@ class VllmEngine:
             await self._wake_weights(level)
         await self._order_wake(["kv_cache"] if by_halves else ())
         if level is SleepLevel.TWO:
-            reset = await self._ask("POST", "/reset_prefix_cache", self._deadlines.ask_s)
+            reset = await self._ask("POST", "/reset_prefix_cache", self.deadlines.ask_s)
             reset.required()
-        if await self._sleeps(self._deadlines.check_s):
+        if await self._sleeps(self.deadlines.check_s):
             raise Lied("vLLM answered 200 to /wake_up and still sleeps")
         kept = 1 if frozen else TOKENS_KEPT
         await self._sing(tokens=kept if level is SleepLevel.ONE else TOKENS)
@@ -223,9 +223,9 @@ class VllmEngine:
         asked = [("tags", tag) for tag in tags]
         part = bool(asked) and asked[-1][1] != "kv_cache"
         try:
-            answer = await self._ask("POST", "/wake_up", self._deadlines.wake_s, asked)
+            answer = await self._ask("POST", "/wake_up", self.deadlines.wake_s, asked)
             if answer.status >= 500 and self._profile.idempotent_wake:
-                answer = await self._ask("POST", "/wake_up", self._deadlines.wake_s, asked)
+                answer = await self._ask("POST", "/wake_up", self.deadlines.wake_s, asked)
         except Hung as hung:
             if part:
                 raise
@@ -241,7 +241,7 @@ class VllmEngine:
         answer = await self._wire.ask(
             "POST",
             "/collective_rpc",
-            deadline_s=self._deadlines.reload_s,
+            deadline_s=self.deadlines.reload_s,
             body={"method": "reload_weights"},
         )
         try:
@@ -256,7 +256,7 @@ class VllmEngine:
         A wake from level 2 without a reference (an adopted sleeper) records too: that reload works
         was proved for this model and image before level 2 was ever used.
         """
-        canary, deadline_s = await self._met(), self._deadlines.canary_s
+        canary, deadline_s = await self._met(), self.deadlines.canary_s
         if self.canary_reference is None:
             self.canary_reference = await canary.sing(deadline_s=deadline_s)
         else:
@@ -277,9 +277,9 @@ class VllmEngine:
         Raises `Hung` if the engine is not as ordered within another `settle_s`.
         """
         try:
-            async with asyncio.timeout(self._deadlines.settle_s):
+            async with asyncio.timeout(self.deadlines.settle_s):
                 while True:
-                    if await self._sleeps(self._deadlines.settle_s) is asleep:
+                    if await self._sleeps(self.deadlines.settle_s) is asleep:
                         return
                     await asyncio.sleep(POLL_S)
         except TimeoutError:
@@ -294,13 +294,13 @@ class VllmEngine:
         """
         canary = await self._met()
         try:
-            async with asyncio.timeout(self._deadlines.idle_s):
+            async with asyncio.timeout(self.deadlines.idle_s):
                 while await self._inside() > 0:
-                    await canary.sing(deadline_s=self._deadlines.idle_s, tokens=1)
+                    await canary.sing(deadline_s=self.deadlines.idle_s, tokens=1)
                     await asyncio.sleep(POLL_S)
         except TimeoutError:
             raise Unsafe(
-                f"requests still run in it after {self._deadlines.idle_s:g} s, and before"
+                f"requests still run in it after {self.deadlines.idle_s:g} s, and before"
                 " vLLM 0.17 sleep under load kills the engine",
                 hint="use an image with vLLM 0.29 or later",
             ) from None
@@ -319,7 +319,7 @@ class VllmEngine:
 
     async def _gauges(self, *names: str) -> dict[str, float]:
         """Lines of /metrics that begin with one of the names: `name{labels}` to value."""
-        text = (await self._ask("GET", "/metrics", self._deadlines.ask_s)).required().body.decode()
+        text = (await self._ask("GET", "/metrics", self.deadlines.ask_s)).required().body.decode()
         lines = [line for line in text.splitlines() if line.startswith(names)]
         try:
             return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
@@ -331,7 +331,7 @@ class VllmEngine:
     async def _met(self) -> Canary:
         """The canary of the model served here, by name and kind; the engine must be awake."""
         if self._canary is None:
-            answer = await self._ask("GET", "/v1/models", self._deadlines.ask_s)
+            answer = await self._ask("GET", "/v1/models", self.deadlines.ask_s)
             card = answer.pick("data", 0)
             self._longest = int(card.get("max_model_len") or 0)
             self._canary = await self._recognised(str(answer.pick("data", 0, "id")))
@@ -341,7 +341,7 @@ class VllmEngine:
     async def _recognised(self, name: str) -> Canary:
         if self._kind is not None:
             return Canary(self._wire, name, self._kind)
-        return await recognise(self._wire, name, deadline_s=self._deadlines.canary_s)
+        return await recognise(self._wire, name, deadline_s=self.deadlines.canary_s)
 
     def _must_survive(self, level: SleepLevel, mode: SleepMode) -> None:
         """Raises `Unsafe`."""
@@ -390,5 +390,5 @@ class VllmEngine:
             longest=self._longest,
             sleep=self._put_to_sleep,
             wake=self._wake_up,
-            deadline_s=self._deadlines.prove_s,
+            deadline_s=self.deadlines.prove_s,
         )

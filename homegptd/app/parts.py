@@ -50,12 +50,13 @@ def clients(
     for model in setup.config.models:
         name = ModelId(model.id)
         kept = old.get(name) if old else None
+        deadlines = Deadlines.for_size(pinned.get(name, 0))
         if kept is not None and before and before.fingerprint(name) == setup.fingerprint(name):
+            kept.deadlines = deadlines
             engines[name] = kept
             continue
         kind = _KINDS[model.engine.kind] if model.engine else None
         at, key = setup.addresses[name], engine_key(model)
-        deadlines = Deadlines.for_size(pinned.get(name, 0))
         engines[name] = VllmEngine(name, at, kind=kind, deadlines=deadlines, api_key=key)
     return engines
 

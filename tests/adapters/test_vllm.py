@@ -239,7 +239,7 @@ async def test_an_answer_that_goes_on_wrong_after_a_freeze_disproves_freezing(aw
 
 
 async def test_an_answer_that_never_goes_on_disproves_freezing(awake: Box):
-    awake.engine._deadlines = replace(SHORT, prove_s=1)
+    awake.engine.deadlines = replace(SHORT, prove_s=1)
     awake.order("hang@wake")
     assert isinstance(await fault_of(awake.engine.prove(Proof.FREEZE)), Hung)
     awake.lift()

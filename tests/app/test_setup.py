@@ -49,8 +49,17 @@ def test_the_time_for_a_sleep_grows_with_what_it_pins() -> None:
     took = {}
     for gb in (8, 300):
         [engine] = clients(setup((ONE % f", weights_gb: {gb}").replace("20", "400"))).values()
-        took[gb] = engine._deadlines.sleep_s
+        took[gb] = engine.deadlines.sleep_s
     assert took == {8: 180, 300: 600}
+
+
+def test_a_reload_that_corrects_the_size_gives_more_time_to_an_engine_that_stays() -> None:
+    text = (ONE % ", weights_gb: %d").replace("20", "400")
+    before, after = setup(text % 8), setup(text % 300)
+    old = clients(before)
+    new = clients(after, old, before)
+    assert new == old  # the same clients
+    assert [engine.deadlines.sleep_s for engine in new.values()] == [600]
 
 
 def test_who_trusts_what_was_given_gets_just_that() -> None:
