@@ -19,6 +19,7 @@ from .model import (
     FallingAsleep,
     Gpu,
     ModelId,
+    Phase,
     Proving,
     Roused,
     Rousing,
@@ -69,6 +70,19 @@ def charge(engine: Engine) -> Books:
             return awake(engine) | asleep(engine, level)
         case Starting() | Waking() | Awake() | Draining() | Proving() | Stopping():
             return awake(engine)
+
+
+def charged_as(phase: Phase) -> Kind:
+    """Which of its figures `charge` takes on GPUs."""
+    match phase:
+        case Rousing() | Roused() | FallingAsleep(roused=True):
+            return Kind.ROUSED
+        case Stopping(slept=SleepLevel(), roused=roused):
+            return Kind.ROUSED if roused else Kind.RESIDUE
+        case Asleep():
+            return Kind.RESIDUE
+        case _:
+            return Kind.AWAKE
 
 
 def eventual(engine: Engine) -> Books:

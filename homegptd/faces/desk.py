@@ -7,7 +7,7 @@ import asyncio
 import os
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from homegptd import __version__
@@ -20,7 +20,7 @@ from homegptd.runtime.ports import MeterPort
 from homegptd.runtime.scheduler import Scheduler
 from homegptd.wire import control as wire
 
-from . import views
+from . import places, views
 from .accounts import Accounts
 from .adjust import Adjustment
 from .memory import report
@@ -33,6 +33,8 @@ _MOST = 100
 """Operations under way; more are refused."""
 _BACKLOG = 1000
 """Events kept for a subscriber that is slow."""
+_TOLD = 60
+"""Events kept for who comes later."""
 
 Logs = Callable[[ModelId, int], Awaitable[wire.LogsView]]
 Reload = Callable[[], Awaitable[str]]
@@ -68,6 +70,8 @@ class Desk:
         self._operations: OrderedDict[int, Progress] = OrderedDict()
         self._news = asyncio.Event()
         self._readers: list[deque[wire.EventNotice]] = []
+        self._told: deque[wire.EventNotice] = deque(maxlen=_TOLD)
+        self._told_count = 0
         self.started_at = time.time()
 
     @contextmanager
@@ -83,6 +87,9 @@ class Desk:
         if name in self._scheduler.state.engines:
             return ModelId(name)
         return next((model for model, (_, also) in self.names.items() if name in also), None)
+
+    def known(self) -> Iterable[ModelId]:
+        return self._scheduler.state.engines
 
     def default(self) -> ModelId | None:
         return self._scheduler.state.policy.default
@@ -110,8 +117,8 @@ class Desk:
             "default": state.policy.default,
             "models": self.models(),
             "queue": views.queue_view(state, self._wall),
-            "gpus": views.gpus_view(state),
-            "host": views.host_view(state),
+            "gpus": places.gpus_view(state),
+            "host": places.host_view(state),
             "operations": [self._view(each.id) for each in state.operations],
             "accounts": views.accounts_view(self._accounts.snapshot()),
         }
@@ -273,6 +280,14 @@ class Desk:
         self._readers.append(backlog)
         return self._events(backlog)
 
+    def story(self, after: int = 0) -> tuple[list[wire.EventNotice], int]:
+        """The newest events since there were `after`, as far as they are kept; how many there are.
+
+        For who looks now and then; `event_stream` loses less.
+        """
+        new = min(self._told_count - after, len(self._told))
+        return list(self._told)[len(self._told) - new :], self._told_count
+
     async def _events(
         self, backlog: deque[wire.EventNotice]
     ) -> AsyncGenerator[wire.EventNotice, None]:
@@ -322,6 +337,8 @@ class Desk:
                 self._look(progress)
         for line in lines:
             notice = self._notice(line)
+            self._told.append(notice)
+            self._told_count += 1
             for backlog in self._readers:
                 backlog.append(notice)
         news, self._news = self._news, asyncio.Event()
@@ -330,6 +347,7 @@ class Desk:
     def _notice(self, line: Line) -> wire.EventNotice:
         return {
             "time": time.time(),
+            "level": line.level,
             "kind": line.kind,
             "model": line.model,
             "message": line.text,

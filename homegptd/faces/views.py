@@ -39,7 +39,7 @@ Names = Mapping[ModelId, tuple[str, tuple[str, ...]]]
 """For each model its name for people and its aliases."""
 
 _GIB = 1024
-_FIGURES: Mapping[Kind, wire.FigureWord] = {
+FIGURES: Mapping[Kind, wire.FigureWord] = {
     Kind.AWAKE: "awake",
     Kind.RESIDUE: "residue",
     Kind.ROUSED: "roused",
@@ -132,7 +132,7 @@ def models_view(state: State, names: Names, wall: Wall) -> list[wire.ModelView]:
 def figure_views(engine: Engine) -> list[wire.FigureView]:
     return [
         {
-            "kind": _FIGURES[kind],
+            "kind": FIGURES[kind],
             "gpu": None if place == ledger.HOST else place,
             "mib": figure.mib,
             "margin_mib": figure.margin_mib,
@@ -153,37 +153,6 @@ def queue_view(state: State, wall: Wall) -> list[wire.QueueView]:
         {"model": model, "waiting": count[model], "since": wall(since)}
         for model, since in oldest.items()
     ]
-
-
-def gpus_view(state: State) -> list[wire.GpuView]:
-    """What the books say; `reserved` is what orders in flight hold or are promised."""
-    views: list[wire.GpuView] = []
-    for gpu, total in state.gpus.items():
-        settled = reserved = 0
-        for engine in state.engines.values():
-            amount = ledger.charge(engine)[gpu]
-            if in_flight(engine.phase):
-                reserved += amount
-            else:
-                settled += amount
-        foreign = ledger.foreign(state, gpu)
-        views.append(
-            {
-                "index": gpu,
-                "name": f"gpu{gpu}",
-                "total_mib": total,
-                "used_mib": settled,
-                "reserved_mib": reserved,
-                "foreign_mib": foreign,
-                "free_mib": max(total - settled - reserved - foreign, 0),
-                "freed_by": state.freed[gpu].by if gpu in state.freed else None,
-            }
-        )
-    return views
-
-
-def host_view(state: State) -> wire.HostView:
-    return {"total_mib": state.host_mib, "used_mib": ledger.used(state)[ledger.HOST]}
 
 
 def daemon_phase(state: State) -> wire.DaemonPhase:

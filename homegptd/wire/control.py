@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import Annotated, NotRequired, TypeAlias, TypedDict
 
 from .memory import FigureView as FigureView
+from .memory import HeldView as HeldView
 from .memory import MemoryModelView as MemoryModelView
 from .memory import MemoryReport as MemoryReport
 from .memory import MemoryView as MemoryView
@@ -23,6 +24,7 @@ from .schema import Default
 from .words import DaemonPhase as DaemonPhase
 from .words import FigureWord as FigureWord
 from .words import Level as Level
+from .words import LineLevel as LineLevel
 from .words import ModelStatus as ModelStatus
 from .words import OperationState as OperationState
 from .words import PhaseWord as PhaseWord
@@ -226,15 +228,21 @@ class GpuView(TypedDict):
     used_mib: int
     reserved_mib: int
     foreign_mib: Annotated[int, "held by others, or by engines beyond their figures"]
+    foreign: Annotated[str, "who, as far as it is known"]
     free_mib: int
+    held: Annotated[list[HeldView], "who holds what of what is used and reserved"]
     freed_by: Annotated[str | None, "who lent it to something else than models"]
 
 
 class HostView(TypedDict):
-    """The host's RAM, in MiB."""
+    """The host's RAM, as far as models may have it, in MiB."""
 
     total_mib: int
     used_mib: int
+    foreign_mib: int
+    foreign: Annotated[str, "who, as far as it is known"]
+    free_mib: int
+    held: list[HeldView]
 
 
 class StepView(TypedDict):
@@ -301,6 +309,19 @@ class StatusView(TypedDict):
     accounts: NotRequired[list[AccountView]]
 
 
+class ClientView(TypedDict):
+    """Who asks over HTTP, and what it may do."""
+
+    key: Annotated[str | None, "name of its API key; null: nobody is asked for one"]
+    manage: Annotated[bool, "whether it may switch"]
+
+
+class BoxView(StatusView):
+    """The whole box over HTTP, as far as the client who asks may see it; without accounts."""
+
+    you: ClientView
+
+
 class PlanStepView(TypedDict):
     """One step that a switch would take, and why."""
 
@@ -356,9 +377,10 @@ class ProgressNotice(TypedDict):
 
 
 class EventNotice(TypedDict):
-    """Something happened; `fields` hold the figures."""
+    """Something happened; `fields` hold the figures. A warning wants that somebody looks."""
 
     time: float
+    level: LineLevel
     kind: str
     model: str | None
     message: str

@@ -26,6 +26,15 @@ class FigureView(TypedDict):
     at: Annotated[float | None, "when it was measured last"]
 
 
+class HeldView(TypedDict):
+    """What one engine holds at one place now, margins included. `pinned` and `host` (its processes)
+    are host RAM; on a GPU it is all it has there, named after what it is charged as."""
+
+    model: str
+    what: FigureWord
+    mib: int
+
+
 class PlaceView(TypedDict):
     """One GPU, or the host's RAM, in MiB: what the books say, and what is really free."""
 

@@ -43,7 +43,8 @@ class SmallBox:
 
     def tell(self, message: str) -> None:
         event: wire.EventNotice = {
-            "time": time.time(), "kind": "told", "model": None, "message": message, "fields": {},
+            "time": time.time(), "level": "info", "kind": "told", "model": None,
+            "message": message, "fields": {},
         }  # fmt: skip
         for queue in self._subscribers:
             queue.put_nowait(event)
@@ -61,9 +62,11 @@ class SmallBox:
             "models": [self._model("chat", now), self._model("coder", now)],
             "queue": [{"model": "coder", "waiting": 2, "since": now - 5}],
             "gpus": [{"index": 0, "name": "Toy 80", "total_mib": 81920, "used_mib": 58368,
-                      "reserved_mib": 4096, "foreign_mib": 0, "free_mib": 19456,
-                      "freed_by": None}],
-            "host": {"total_mib": 131072, "used_mib": 20000}, "operations": running,
+                      "reserved_mib": 4096, "foreign_mib": 0, "foreign": "", "free_mib": 19456,
+                      "held": [], "freed_by": None}],
+            "host": {"total_mib": 131072, "used_mib": 20000, "foreign_mib": 0, "foreign": "",
+                     "free_mib": 111072, "held": []},
+            "operations": running,
         }  # fmt: skip
 
     def _model(self, name: str, now: float) -> wire.ModelView:
