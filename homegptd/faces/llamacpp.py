@@ -119,7 +119,7 @@ class LlamaCpp:
         if self._models.find(wish.model) is None:
             raise Denied(errors.refused(self._models.unknown(wish.model)))
         view = self._desk.begin(act, wish.model, by=f"Open WebUI {request.remote or ''}".strip())
-        view = await self._management.end_of(view)
+        view = self._models.shown(await self._management.end_of(view))
         return ended(view) if view["error"] else web.json_response({"success": True})
 
 

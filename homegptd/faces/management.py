@@ -74,8 +74,8 @@ class Management:
         view = self._desk.begin(Act.SWITCH, wish.model_id, by=by, cut=wish.now)
         if not wait:
             where = {"Location": f"/operations/{view['id']}"}
-            return web.json_response(view, status=202, headers=where)
-        return ended(await self.end_of(view))
+            return web.json_response(self._models.shown(view), status=202, headers=where)
+        return ended(self._models.shown(await self.end_of(view)))
 
     async def end_of(self, view: wire.OperationView) -> wire.OperationView:
         """Its last view."""
@@ -90,7 +90,7 @@ class Management:
         view = await self._desk.operation(int(rest))
         if not asking().sees(ModelId(view["model"] or "")):
             raise methods.Refused("unknown-operation", f"no operation {rest}")
-        return web.json_response(view)
+        return web.json_response(self._models.shown(view))
 
     async def listed(self, request: web.BaseRequest, rest: str) -> web.StreamResponse:
         return web.json_response(self._models.listed())

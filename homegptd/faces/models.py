@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import difflib
+from typing import TypeVar
 
 from homegptd.core.model import ModelId
 from homegptd.core.refusals import Reason, Refusal
 from homegptd.wire import control as wire
 
+from . import sight
 from .adjust import Adjustment
 from .clients import asking
 from .desk import Desk
+
+T = TypeVar("T")
 
 _LONGEST = 100
 """Characters of a name that is worth a search, and is shown."""
@@ -69,7 +73,13 @@ class Models:
 
     def views(self) -> list[wire.ModelView]:
         """All models that are there for this client, in the order of the configuration."""
-        return [view for view in self._desk.models() if self._shows(ModelId(view["id"]))]
+        views = [view for view in self._desk.models() if self._shows(ModelId(view["id"]))]
+        return self.shown(views)
+
+    def shown(self, told: T) -> T:
+        """`told` without the names of models that are not there for this client."""
+        sees = asking().sees
+        return sight.without(told, [model for model in self._desk.known() if not sees(model)])
 
     def unknown(self, name: str) -> Refusal:
         """Names what is near, or else what there is."""
@@ -91,7 +101,7 @@ class Models:
     def entry(self, name: str) -> dict[str, object] | None:
         """The answer to GET /v1/models/NAME; None where there is no such model."""
         model = self.find(name) or self.virtual(name, None)
-        views = (view for view in self._desk.models() if view["id"] == model)
+        views = (view for view in self.views() if view["id"] == model)
         return next((self._entry(view) for view in views), None)
 
     def _entry(self, view: wire.ModelView) -> dict[str, object]:
