@@ -81,6 +81,18 @@ def _wish(name: str, **more: Json) -> Json:
 
 
 _OWN: dict[tuple[str, str], _Own] = {
+    ("GET", "/status"): _Own("The whole box at one glance", answer=wire.BoxView, errors=(403,)),
+    ("GET", "/memory"): _Own(
+        "What memory is reckoned with, and what is really held", answer=wire.MemoryReport,
+        errors=(403,),
+    ),
+    ("GET", "/plan/{model}"): _Own(
+        "What a switch would do now", answer=wire.PlanView, errors=(403, 404),
+        params=(_in_path("model", _TEXT),),
+    ),
+    ("GET", "/events"): _Own(
+        "The story and the status, as they change", errors=(403, 429), kind="text/event-stream",
+    ),
     ("GET", "/health"): _Own("Whether the box can serve", errors=(), also=503),
     ("GET", "/openapi.json"): _Own("This document"),
     ("GET", "/models"): _Own("Every model and its state", errors=(403,)),

@@ -27,6 +27,7 @@ from .guard import Access, Guard
 from .llamacpp import LlamaCpp
 from .management import Management
 from .models import Models
+from .overview import Overview
 from .router import EngineKeys, Router, Settings, no_key
 from .routes import ROUTES, Route, Where
 from .server import Server
@@ -66,7 +67,7 @@ class Door:
     def add(self, path: str, entry: Path) -> None:
         """An exact path, or one that ends in a slash and takes names: `/operations/` NAME.
 
-        Other faces (dashboard, metrics) add theirs before the door opens.
+        Other faces (metrics) add theirs before the door opens.
         """
         if path in self._paths:
             raise ValueError(f"{path} is there already")
@@ -79,6 +80,16 @@ class Door:
     async def described(self, request: web.BaseRequest, rest: str) -> web.StreamResponse:
         """Every path there is, as OpenAPI."""
         return web.json_response(apidoc.document(self._paths))
+
+    def admits(self, request: web.BaseRequest, access: Access) -> bool:
+        """Whether who asked may do that now: an answer may outlive its key."""
+        client = self.guard.greet(request)
+        try:
+            self.guard.admit(request, client, access)
+        except Denied:
+            return False
+        asks(client)
+        return True
 
     def close(self) -> None:
         self._router.pool.close()
@@ -178,6 +189,11 @@ def build(
     llama = LlamaCpp(scheduler, desk, models, management)
     door = _open_door(router, management, llama, guard)
     look, manage = Access.LOOK, Access.MANAGE
+    overview = Overview(scheduler, desk, models, door.admits)
+    door.add("/status", Path({"GET": overview.status}, look))
+    door.add("/memory", Path({"GET": overview.memory}, look))
+    door.add("/plan/", Path({"GET": overview.plan}, look))
+    door.add("/events", Path({"GET": overview.events}, look))
     door.add("/models", Path({"GET": llama.models}, look))
     door.add("/models/sse", Path({"GET": llama.events}, look))
     door.add("/models/load", Path({"POST": llama.load}, manage))
