@@ -121,7 +121,8 @@ class Demo:
         chat = '{"model": "%s", "stream": true, "messages": [{"role": "user", "content": "Hi"}]}'
         lines = [
             "",
-            "Ready. Try, in another terminal:",
+            f"Ready, and a browser sees it at {url}/",
+            "Try, in another terminal:",
             "",
             f"  {ctl}{where} status",
             f"  {ctl}{where} switch {asleep}",

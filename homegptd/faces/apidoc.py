@@ -81,6 +81,7 @@ def _wish(name: str, **more: Json) -> Json:
 
 
 _OWN: dict[tuple[str, str], _Own] = {
+    ("GET", "/"): _Own("The dashboard, a page for browsers", kind="text/html"),
     ("GET", "/status"): _Own("The whole box at one glance", answer=wire.BoxView, errors=(403,)),
     ("GET", "/memory"): _Own(
         "What memory is reckoned with, and what is really held", answer=wire.MemoryReport,

@@ -18,7 +18,7 @@ from aiohttp import web
 from homegptd.core.model import ModelId
 from homegptd.runtime.scheduler import Scheduler
 
-from . import apidoc, errors, methods
+from . import apidoc, dashboard, errors, methods
 from .accounts import Accounts
 from .clients import Client, Headers, asks
 from .desk import Desk
@@ -135,7 +135,7 @@ class Door:
     def _find(self, path: str) -> tuple[Path, str]:
         """Raises: Denied."""
         entry = self._paths.get(path)
-        if entry is not None and not path.endswith("/"):
+        if entry is not None and (path == "/" or not path.endswith("/")):
             return entry, ""
         end = path.find("/", 1) + 1
         while end > 0:
@@ -190,6 +190,7 @@ def build(
     door = _open_door(router, management, llama, guard)
     look, manage = Access.LOOK, Access.MANAGE
     overview = Overview(scheduler, desk, models, door.admits)
+    door.add("/", Path({"GET": dashboard.page}))
     door.add("/status", Path({"GET": overview.status}, look))
     door.add("/memory", Path({"GET": overview.memory}, look))
     door.add("/plan/", Path({"GET": overview.plan}, look))

@@ -1,6 +1,7 @@
 """The box at one glance, over HTTP: /status, /memory, /plan/MODEL, and /events as they happen.
 
-The same views as on the control socket, as far as the client who asks may see them.
+The same views as on the control socket, as far as the client who asks may see them. The dashboard
+lives on these paths alone.
 """
 
 from __future__ import annotations

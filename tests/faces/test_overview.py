@@ -65,7 +65,7 @@ async def test_a_model_s_own_door_has_none_of_it(two: dict[str, Path]) -> None:
         single = http.build_model_door(
             ModelId("chat"), scheduler=b.scheduler, desk=b.desk, addresses=lambda m: ""
         )
-        assert not {"/status", "/memory", "/plan/", "/events"} & set(single.paths)
+        assert not {"/", "/status", "/memory", "/plan/", "/events"} & set(single.paths)
         single.close()
 
 

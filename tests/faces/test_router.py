@@ -108,7 +108,7 @@ async def test_bodies_that_cannot_be_routed(
     [
         "/v1/chat/completions/", "//v1/chat/completions", "/v1//chat/completions",
         "/v1/%63hat/completions", "/v1/chat%2Fcompletions", "/v1/./chat/completions",
-        "/x/../v1/chat/completions", "/V1/chat/completions", "/v1/chat", "/", "/sleep",
+        "/x/../v1/chat/completions", "/V1/chat/completions", "/v1/chat", "/%2F", "/sleep",
         "/wake_up", "/collective_rpc", "/invocations", "/v1/load_lora_adapter", "/metrics",
         "/scale_elastic_ep", "/docs", "/v1/chat/completions;x",
         "/v1/chat/completions/render",

@@ -76,7 +76,7 @@ class Browser:
         return self.page.locator("#messages-container").inner_text()
 
 
-def main() -> None:
+def main(kind: type[Browser]) -> None:
     url, token, shots = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS)
@@ -86,7 +86,7 @@ def main() -> None:
         page.set_default_timeout(PATIENCE_MS)
         news = page.get_by_role("button", name="Okay, Let's Go!")  # comes at some moment, once
         page.add_locator_handler(news, lambda button: button.click())
-        browser = Browser(page, url, shots)
+        browser = kind(page, url, shots)
         for line in sys.stdin:
             try:
                 answer = {"result": browser.act(json.loads(line))}
@@ -97,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Browser)

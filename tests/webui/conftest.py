@@ -90,7 +90,7 @@ def desktop() -> Iterator[Desktop]:
         url, server = stack.enter_context(_served(box, root))
         daemon.ready(120.0)
         _until_up(url, server, root / "webui.log")
-        page = stack.enter_context(_browser(url, _token(url), shots))
+        page = stack.enter_context(browser("browser.py", url, _token(url), shots))
         yield Desktop(box, daemon, page)
 
 
@@ -122,9 +122,9 @@ def _served(box: Box, root: Path) -> Iterator[tuple[str, "subprocess.Popen[bytes
 
 
 @contextmanager
-def _browser(url: str, token: str, shots: Path) -> Iterator[Page]:
+def browser(program: str, url: str, token: str, shots: Path) -> Iterator[Page]:
     process = subprocess.Popen(
-        [PYTHON, _HERE / "browser.py", url, token, shots],
+        [PYTHON, _HERE / program, url, token, shots],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
