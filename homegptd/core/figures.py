@@ -146,8 +146,13 @@ def slept(engine: Engine, before: Held | None, after: Held | None) -> Engine:
     left = _left(engine, before, after)
     last = engine.learnt.last_residue
     leaked = {gpu: max(left.get(gpu, 0) - mib, 0) for gpu, mib in last.items()}
-    up = {gpu: mib + leaked.get(gpu, 0) for gpu, mib in before.gpu_mib.items()}
-    _learn(engine, learnt, _up(engine), up, before.at)
+    now = {gpu: mib + leaked.get(gpu, 0) for gpu, mib in before.gpu_mib.items()}
+    up = _up(engine)
+    _learn(engine, learnt, up, now, before.at)
+    other = Kind.AWAKE if up is Kind.ROUSED else Kind.ROUSED
+    for gpu, mib in leaked.items():
+        if known := learnt.get((other, gpu)):
+            learnt[other, gpu] = replace(known, mib=known.mib + mib)
     _learn(engine, learnt, Kind.RESIDUE, left, after.at)
     _pinned(engine, learnt, before, after)
     first = engine.learnt.first_residue or left

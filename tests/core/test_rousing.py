@@ -3,7 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
-from homegptd.core import forecast, ledger, plans
+from homegptd.core import figures, forecast, ledger, plans
 from homegptd.core.commands import Cut, Finish, Grant, Rouse, Sleep, Start, Stop, Wake
 from homegptd.core.events import (
     EngineDied,
@@ -328,16 +328,30 @@ def test_what_it_holds_is_learnt_and_nothing_else_by_it(by_process: bool) -> Non
     order = run.orders.pop("b").order
     before, after = held(2 * GB, 38 * GB), held(17 * GB, 23 * GB)
     run(RouseEnded(B, order, before=before, after=after))
-    figures = run.engine("b").learnt.figures
-    assert figures[Kind.ROUSED, G0].mib == 17 * GB
-    assert figures[Kind.RESIDUE, G0].mib == 2 * GB
+    known = run.engine("b").learnt.figures
+    assert known[Kind.ROUSED, G0].mib == 17 * GB
+    assert known[Kind.RESIDUE, G0].mib == 2 * GB
     run(close(2))
     run(SleepEnded(B, run.orders.pop("b").order, before=after, after=before))
     assert isinstance(run.phase("b"), Asleep)  # 15 GB came back, and no more were due
-    figures = run.engine("b").learnt.figures
-    assert figures[Kind.AWAKE, G0].mib == 60 * GB
-    assert figures[Kind.ROUSED, G0].mib == 17 * GB
-    assert figures[Kind.RESIDUE, G0].mib == 2 * GB
+    known = run.engine("b").learnt.figures
+    assert known[Kind.AWAKE, G0].mib == 60 * GB
+    assert known[Kind.ROUSED, G0].mib == 17 * GB
+    assert known[Kind.RESIDUE, G0].mib == 2 * GB
+
+
+def test_what_leaks_is_held_beside_the_weights_too_until_the_process_ends() -> None:
+    def held(gb: int) -> Held:
+        return Held(5.0, {G0: gb * GB}, 24 * GB, {G0: (100 - gb) * GB})
+
+    b = figures.slept(asleep(traits=ABLE), held(60), held(2))
+    b = figures.roused(b, held(2), held(17))
+    for _ in range(2):  # and it is not roused in between
+        residue = b.learnt.last_residue[G0] // GB
+        b = figures.slept(figures.woke(b, held(residue), held(58 + residue)),
+                          held(58 + residue), held(residue + 1))  # fmt: skip
+    assert b.learnt.figures[Kind.ROUSED, G0].mib == 19 * GB
+    assert figures.renewed(b).learnt.figures[Kind.ROUSED, G0].mib == 17 * GB
 
 
 def test_weights_that_do_not_go_again_are_noticed() -> None:
