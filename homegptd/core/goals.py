@@ -138,8 +138,9 @@ def bootstrap(d: Draft) -> list[Chore]:
 
     A restart of the daemon changes nothing: what was found awake stays, or is woken again.
     """
-    wanted = [e for e in d.engines.values() if e.spec.startup is not Startup.DISABLED]
-    awake = [name for name, e in d.engines.items() if isinstance(e.phase, Awake)]
+    staying = [e for e in d.engines.values() if not e.retiring]
+    wanted = [e for e in staying if e.spec.startup is not Startup.DISABLED]
+    awake = [e.spec.model for e in staying if isinstance(e.phase, Awake)]
     loads = [
         Chore(Act.START, engine.spec.model, d.now, gentle=bool(awake))
         for engine in wanted

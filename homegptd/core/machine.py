@@ -276,7 +276,10 @@ def _expire(d: Draft) -> None:
 
 
 def _leave(d: Draft) -> None:
-    """Engines that left the configuration go once they are down."""
+    """Engines that left the configuration go once they are down. That is for the first look to say:
+    until then they may be running."""
+    if d.since is None:
+        return
     for name, engine in list(d.engines.items()):
         if engine.retiring and isinstance(engine.phase, Down):
             del d.engines[name]

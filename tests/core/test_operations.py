@@ -4,7 +4,15 @@ import pytest
 from msgspec.structs import replace
 
 from homegptd.core.commands import Cut, Finish, Prove, Refuse, Sleep, Start, Stop, Wake
-from homegptd.core.events import CancelAsked, ConfigChanged, OperationAsked, TicketClosed
+from homegptd.core.events import (
+    CancelAsked,
+    ConfigChanged,
+    Found,
+    Observed,
+    OperationAsked,
+    TicketClosed,
+)
+from homegptd.core.machine import initial
 from homegptd.core.model import (
     Act,
     Asleep,
@@ -18,6 +26,7 @@ from homegptd.core.model import (
     Operation,
     OperationId,
     OrderId,
+    Policy,
     Proof,
     Proving,
     SleepLevel,
@@ -29,7 +38,7 @@ from homegptd.core.model import (
 )
 from homegptd.core.refusals import Reason
 from homegptd.core.story import Line, tell
-from tests.core.builders import ONE, TRAITS, TWO, Run, asleep, awake, box, down, engine
+from tests.core.builders import GB, ONE, TRAITS, TWO, Run, asleep, awake, box, down, engine, spec
 
 
 def everything(run: Run) -> None:
@@ -353,3 +362,26 @@ def test_failure_texts_name_model_and_cause() -> None:
     run.ask(Act.START, "a")
     run.fails("a", "unknown flag --frob")
     assert run.phase("a").failure == Failure("unknown flag --frob")
+
+
+# ---------------------------------------------------------------- a reload before the first look
+
+
+@pytest.mark.parametrize("how", ["awake", "asleep", "mute"])
+def test_what_left_the_configuration_before_the_first_look_is_stopped_when_found(how: str) -> None:
+    run = Run(initial((spec("a"), spec("b")), Policy(), {Gpu(0): 80 * GB}, 256 * GB))
+    run(ConfigChanged((spec("b"),), Policy(), {Gpu(0): 80 * GB}, 256 * GB))
+    known = replace(TRAITS, asleep=how == "asleep", asleep_level=ONE if how == "asleep" else None)
+    commands = run(Observed({ModelId("a"): Found(None if how == "mute" else known)}))
+    assert ModelId("a") in {c.model for c in commands if isinstance(c, Stop)}
+    assert {chore.model for chore in run.state.chores} <= {ModelId("b")}
+    run.done("a")
+    assert set(run.state.engines) == {ModelId("b")}
+
+
+def test_what_left_and_is_not_found_is_gone() -> None:
+    run = Run(initial((spec("a"), spec("b")), Policy(), {Gpu(0): 80 * GB}, 256 * GB))
+    run(ConfigChanged((spec("b"),), Policy(), {Gpu(0): 80 * GB}, 256 * GB))
+    run(Observed({}))
+    assert set(run.state.engines) == {ModelId("b")}
+    assert {chore.model for chore in run.state.chores} == {ModelId("b")}
