@@ -214,7 +214,9 @@ class Orders:
 
     def _key(self, model: ModelId, traits: Traits) -> str:
         """Proofs hold for this configuration and this image's vLLM, and for no other."""
-        return f"{self._state().engines[model].spec.fingerprint}/{traits.build}"
+        if (engine := self._state().engines.get(model)) is None:
+            raise Fault(f'"{model}" has left the configuration meanwhile')
+        return f"{engine.spec.fingerprint}/{traits.build}"
 
     async def _rouse(self, order: Rouse) -> Event:
         model = order.model

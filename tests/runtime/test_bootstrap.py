@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from msgspec.structs import replace
 
 from homegptd.core.events import Found, Observed
 from homegptd.core.model import Asleep, Awake, SleepLevel, Starting, Traits
@@ -54,6 +55,17 @@ async def test_one_that_does_not_say_what_it_is_does_not_hold_up_the_others() ->
     small.engines[B].breaks["identify"] = Fault("no")
     assert await seen(small) == Observed({A: Found(), B: Found()})
     assert small.loop.time() == OBSERVE_S
+
+
+@jumping
+async def test_one_that_leaves_the_configuration_meanwhile_is_no_defect() -> None:
+    small = Small()
+    small.found(A)
+    small.found(B)
+    staying = replace(small.scheduler.state, engines={B: small.engine(B)})
+    small.orders.connect(lambda event: None, lambda: staying)
+    found = (await seen(small)).found
+    assert (found[A], found[B].traits is None) == (Found(), False)
 
 
 @jumping

@@ -472,8 +472,8 @@ class Client:
         process = await self._settled()
         if process.asleep is None or process.roused:
             self._machines.violated(f"{process.owner} is roused but not asleep")
-        if process.answers:
-            self._machines.violated(f"{process.owner} is roused over answers it holds")
+        if any(not answer.lease.cut.done() for answer in process.answers):
+            self._machines.violated(f"{process.owner} is roused over answers nobody knows of")
         fate = self._machines.fault("500", "dies", "hangs", "lies", "slow")
         await self._move(process, fate, "rouse", process.rouse)
 
