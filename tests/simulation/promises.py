@@ -164,7 +164,7 @@ class Judge:
 
     def _drains(self, state: State) -> Iterator[str]:
         """A drain that nobody wants any more is undone."""
-        wishes = state.waiting or state.operations or state.chores
+        wishes = state.waiting or state.operations or state.chores or state.freed
         if wishes or any(e.renew or e.retiring for e in state.engines.values()):
             return
         frozen = {n for n, e in state.engines.items() if not isinstance(e.phase, Awake | Draining)}

@@ -366,9 +366,11 @@ class Town:
         while True:
             await asyncio.sleep(rng.expovariate(1 / every_s))
             scheduler = await self._door()
+            act = rng.choice((*Act, Act.SWITCH, Act.SWITCH, Act.START))
+            model = rng.choice(self._known())
             operation = scheduler.operate(
-                rng.choice((*Act, Act.SWITCH, Act.SWITCH, Act.START)),
-                rng.choice(self._known()),
+                act,
+                ModelId("") if act.of_gpus else model,
                 by="ops",
                 cut=rng.random() < 0.2,
                 force=rng.random() < 0.2,
