@@ -171,7 +171,7 @@ def test_a_failed_start_is_told_in_the_words_of_this_try(allowed: Machine) -> No
         (("stop", "homegpt"), "stop"),
         (("restart", "homegpt"), "restart"),
         (("try-restart", "homegpt"), "restart"),
-        (("kill", "homegpt"), None),
+        (("kill", "--wait", "homegpt"), None),  # or the next job might come before it asks
     ],
 )
 def test_the_daemon_learns_why_it_ends(
