@@ -79,7 +79,7 @@ def _from_rest(state: State, engine: Engine, now: float, *, ordered: bool) -> Sp
     clear = _clearing(state, model, room, now)
     match engine.phase:
         case Asleep(level=level):
-            if room and rousing.possible(state, engine, [state.engines[name] for name in room]):
+            if rousing.possible(state, engine, [state.engines[name] for name in room]):
                 weights = durations.span(engine, f"rouse-{level}")
                 clear = _clearing(state, model, room, now, weights)
                 return total([clear, durations.span(engine, "wake-roused")])

@@ -166,7 +166,7 @@ def plan_switch(state: State, model: ModelId) -> Plan:
         return Plan(model, (), fits=False, sums=lacks)
     steps = [step for name, how in room.items() for step in _displacing(state, name, model, how)]
     others = [state.engines[name] for name in room]
-    steps += _bringing_up(engine, early=bool(others) and rousing.possible(state, engine, others))
+    steps += _bringing_up(engine, early=rousing.possible(state, engine, others))
     return Plan(model, tuple(steps), sums=sums.fitting(state, model, room))
 
 

@@ -41,7 +41,7 @@ def possible(state: State, engine: Engine, displaced: Collection[Engine]) -> boo
     if not isinstance(phase, Asleep) or phase.frozen or phase.crowded or traits is None:
         return False
     able = state.policy.rouse and traits.can_rouse and ledger.takes_no_more(engine, phase.level)
-    if not able or not all(_answers(each.phase) for each in displaced):
+    if not (able and displaced and all(_answers(each.phase) for each in displaced)):
         return False
     limit = ledger.budget(state)
     return ledger.fits_roused(state.engines, engine.spec.model, phase.level, limit)
