@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .render import clean, cut, seconds_text
+from .render import MOVING, clean, cut, seconds_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -10,16 +10,6 @@ if TYPE_CHECKING:
 
     from .render import Style
 
-MOVING = (
-    "starting",
-    "rousing",
-    "roused",
-    "waking",
-    "draining",
-    "falling-asleep",
-    "stopping",
-    "proving",
-)
 _OPEN = ("drain", "prove")  # they take as long as an answer, or a trial, takes
 
 

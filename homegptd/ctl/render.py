@@ -10,6 +10,17 @@ if TYPE_CHECKING:
     from typing import TextIO
 
 _COLOURS = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "dim": "2", "bold": "1"}
+MOVING = (
+    "starting",
+    "rousing",
+    "roused",
+    "waking",
+    "draining",
+    "falling-asleep",
+    "stopping",
+    "proving",
+)
+"""Phases of an engine that is on its way somewhere."""
 
 
 class Style:

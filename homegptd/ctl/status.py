@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .client import ask
-from .render import bar, clean, cut, gib, left, out, print_json, short, wrapped
+from .render import MOVING, bar, clean, cut, gib, left, out, print_json, short, wrapped
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -13,16 +13,6 @@ if TYPE_CHECKING:
     from .render import Style
 
 _HEADER = ("  MODEL", "STATE", "SINCE", "MEMORY", "REQS")
-_MOVING = (
-    "starting",
-    "rousing",
-    "roused",
-    "waking",
-    "draining",
-    "falling-asleep",
-    "stopping",
-    "proving",
-)
 _LOOKS = {  # glyph, glyph without Unicode, colour
     "awake": ("●", "*", "green"),
     "asleep": ("○", "o", "blue"),
@@ -76,7 +66,7 @@ def state_of(model: ModelView) -> tuple[str, str]:
         return "failed", "failed"
     if phase == "asleep":
         return f"asleep L{model['level']}" if model["level"] else "asleep", "asleep"
-    if phase in _MOVING:
+    if phase in MOVING:
         return phase.replace("-", " "), "moving"
     if phase == "awake":
         return "awake", "awake"
@@ -220,7 +210,7 @@ def _gpu(gpu: GpuView, models: list[ModelView], style: Style) -> list[str]:
 
 def _holds(model: ModelView) -> bool:
     """Whether an order for it holds memory: a drain holds what it had."""
-    return model["phase"] in _MOVING and model["phase"] != "draining"
+    return model["phase"] in MOVING and model["phase"] != "draining"
 
 
 def _host(view: StatusView, style: Style) -> list[str]:
