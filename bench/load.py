@@ -9,7 +9,7 @@ from math import nan
 from pathlib import Path
 from time import monotonic, monotonic_ns, perf_counter
 
-from bench.kit import US, Http, cpu_s, memory_mb
+from bench.kit import US, Http
 from bench.peers import Target
 from bench.upstream import EVENTS_PER_S, LENGTH
 
@@ -27,10 +27,11 @@ class Streams:
     delays_ns: list[int] = field(default_factory=list)
     events: int = 0
     complete: int = 0
-    took_s: float = 0.0
+    rate: float = nan
+    """Events a second while all streams run: neither their begin nor their end. nan: they did not
+    run together for long enough."""
     cpu_us: float = nan
-    """Of the proxy for an event, while all streams run: neither their begin nor their end. nan:
-    they did not run together for long enough."""
+    """Of the proxy for an event, in the same time."""
     rss_mb: float = 0.0
     """Of the proxy, when all streams run."""
 
@@ -73,7 +74,7 @@ def streams(target: Target, count: int, events: int) -> Streams:
         open_[sock.fileno()] = _Stream(sock, watched=number < _WATCHED)
         poll.register(sock, select.EPOLLIN)
     limit = began + 20 + 3 * events / EVENTS_PER_S
-    silent, all_run, heard, timed = count, (0.0, 0), 0, False
+    silent, all_run, heard, timed = count, (0.0, 0.0, 0), 0, False
     while open_ and monotonic() < limit:
         for number, _ in poll.poll(1.0):
             stream = open_[number]
@@ -86,14 +87,15 @@ def streams(target: Target, count: int, events: int) -> Streams:
             heard += stream.events - before
             if not before and stream.events:
                 silent -= 1
-                if not silent and target.pid:
-                    all_run = cpu_s(target.pid), heard
-                    found.rss_mb = memory_mb(target.pid)["Rss"]
-            if ended and target.pid and not silent and not timed:
+                if not silent:
+                    found.rss_mb = target.rss_mb()
+                    all_run = monotonic(), target.cpu_s(), heard
+            if ended and not silent and not timed:
                 timed = True
-                between = heard - all_run[1]
+                between = heard - all_run[2]
                 if between > count * events / 5:  # else they hardly ran together
-                    found.cpu_us = (cpu_s(target.pid) - all_run[0]) * US / between
+                    found.rate = between / (monotonic() - all_run[0])
+                    found.cpu_us = (target.cpu_s() - all_run[1]) * US / between
             if ended:
                 found.complete += bool(data)
                 found.events += stream.events
@@ -103,7 +105,6 @@ def streams(target: Target, count: int, events: int) -> Streams:
         found.events += stream.events
         stream.sock.close()
     poll.close()
-    found.took_s = monotonic() - began
     return found
 
 

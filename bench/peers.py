@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, sleep
 
+from bench.kit import cpu_s, memory_mb
 from tests.e2e.harness import free_port
 
 CACHE = Path(__file__).parents[1] / ".cache/peers"
@@ -76,6 +77,12 @@ class Target:
     version: str = ""
     slow: bool = False
     """Gets a fraction of the load, or its rounds would take the most of the time."""
+
+    def cpu_s(self) -> float:
+        return cpu_s(self.pid) if self.pid else 0.0
+
+    def rss_mb(self) -> float:
+        return memory_mb(self.pid)["Rss"] if self.pid else 0.0
 
 
 @dataclass(frozen=True)
