@@ -1,7 +1,7 @@
 """The hot path: an engine's answer goes to the client as the bytes that came.
 
 The engine's connection hands its bytes to `Answer`, which writes them to the client's transport in
-the same turn of the event loop; the handler's task only waits for the end. Nothing is parsed: the
+the same turn of the event loop; who asked is only told of the end. Nothing is parsed: the
 relay looks for a few words that no string inside JSON can contain unescaped (and reads the event
 in which one stands), and holds back
 
@@ -24,18 +24,17 @@ from __future__ import annotations
 
 import asyncio
 import re
-
-from aiohttp import HttpVersion11, web
+from collections.abc import Callable
 
 from homegptd.core.refusals import Reason, Refusal
 from homegptd.runtime.scheduler import Lease
 
 from . import errors
 from .accounts import Record
-from .ask import CLOSED, KEPT, Ask, Broken, Limits
-from .clients import asking
+from .ask import CLOSED, KEPT, Ask, Broken, Limits, Relayed
 from .cuts import ABORT, cut_at, reads_more
 from .early import Early
+from .outlet import Outlet
 from .upstream import Address, Connection, Head, Pool
 from .usage import MARK, without
 
@@ -53,7 +52,7 @@ _DEATH = re.compile(rb"EngineCore encountered|EngineDeadError|new futures after 
 
 
 async def relay(
-    request: web.BaseRequest,
+    outlet: Outlet,
     ask: Ask,
     *,
     lease: Lease,
@@ -62,21 +61,37 @@ async def relay(
     limits: Limits,
     record: Record,
     early: Early | None = None,
-) -> web.StreamResponse:
+) -> Relayed:
     """Ask the engine at `address` and relay what it answers. Raises: Broken.
 
     `early` speaks where the engine says nothing; the answer continues what it began.
     """
-    old = request.version < HttpVersion11
+    old = not outlet.modern
     connection = None if old or not ask.replayable else pool.take(address)
     while True:
         if connection is None:
             connection = await _connect(pool, address, lease, unchunked=old)
-        answer = Answer(request, ask, connection, lease, limits, record, pool, early)
-        await answer.relayed()
+        answer = Answer(outlet, ask, connection, lease, limits, record, pool, early)
+        await _ended(answer, pool.loop)
+        if answer.problem is not None:
+            raise answer.problem
         if not answer.stale:
             return KEPT if answer.keep_alive else CLOSED
         connection = None
+
+
+async def _ended(answer: Answer, loop: asyncio.AbstractEventLoop) -> None:
+    ended: asyncio.Future[None] = loop.create_future()
+
+    def tell() -> None:
+        if not ended.done():  # cancelled, perhaps
+            ended.set_result(None)
+
+    try:
+        answer.begin(tell)
+        await ended
+    finally:
+        answer.leave()
 
 
 async def _connect(pool: Pool, address: Address, lease: Lease, *, unchunked: bool) -> Connection:
@@ -93,31 +108,28 @@ def _fault(lease: Lease, what: str) -> Refusal:
 
 
 class Answer:
-    """One answer on its way from an engine to a client."""
+    """One answer on its way from an engine to a client: `begin`, and `leave` once it is over."""
 
     __slots__ = (
         "_ask", "_begun", "_chunked", "_client", "_connection", "_early", "_full", "_head",
-        "_heard", "_held", "_hold", "_idle_s", "_last", "_lease", "_limits", "_loop", "_modern",
-        "_more", "_over", "_owed", "_plain", "_problem", "_protocol", "_record", "_request",
-        "_spoiled", "_sse", "_status", "_tick_s", "_ticks", "_torn", "_turn", "keep_alive", "stale",
+        "_heard", "_held", "_hold", "_idle_s", "_last", "_lease", "_limits", "_loop", "_outlet",
+        "_over", "_owed", "_plain", "_record", "_spoiled", "_sse", "_status", "_tell", "_tick_s",
+        "_ticks", "_torn", "keep_alive", "problem", "stale",
     )  # fmt: skip
 
     def __init__(
-        self, request: web.BaseRequest, ask: Ask, connection: Connection, lease: Lease,
+        self, outlet: Outlet, ask: Ask, connection: Connection, lease: Lease,
         limits: Limits, record: Record, pool: Pool, early: Early | None,
     ) -> None:  # fmt: skip
-        self._request, self._ask, self._connection, self._early = request, ask, connection, early
+        self._outlet, self._ask, self._connection, self._early = outlet, ask, connection, early
         self._lease, self._limits, self._record = lease, limits, record
         self._loop, self._ticks = pool.loop, pool.ticks
-        self._protocol = request.protocol
-        client = request.transport
-        if client is None:
-            raise ConnectionResetError("the client is gone")
-        self._client = client
-        self._more = asking().headers
-        self._modern = request.version >= HttpVersion11
-        self.keep_alive = request.keep_alive
+        self._client = outlet.transport
+        self.keep_alive = outlet.keep_alive
         self.stale = False
+        """Over before it began, because the connection was: nothing has been asked yet."""
+        self.problem: Broken | None = None
+        """How it ended, if not well."""
         self._head = self._last = self._owed = b""
         self._status = 0
         self._sse = self._chunked = False
@@ -125,31 +137,27 @@ class Answer:
         self._hold = _HOLD_ANSWER
         self._begun = self._over = self._plain = self._spoiled = self._torn = False
         self._full = self._heard = False
-        self._problem: Broken | None = None
-        self._turn: asyncio.Future[None] = pool.loop.create_future()
         self._tick_s = min(limits.first_byte_s / 8, limits.between_bytes_s / 8,
                            limits.client_s / 8, LOOK_S)  # fmt: skip
         self._idle_s = -self._tick_s  # the first tick may come at once
 
-    async def relayed(self) -> None:
-        """Until the answer has ended one way or the other. Raises: Broken."""
-        cut = self._lease.cut
-        cut.add_done_callback(self._on_cut)
+    def begin(self, tell: Callable[[], None]) -> None:
+        """Ask. `tell` is called once, when the answer has ended one way or the other."""
+        self._tell = tell
+        self._lease.cut.add_done_callback(self._on_cut)
         self._ticks.join(self, self._tick_s)
-        try:
-            self._connection.send(self, self._ask.head(), self._ask.body)
-            while not self._over:
-                await self._turn
-                if self._full and not self._over:
-                    await self._until_client_reads()
-        finally:
-            cut.remove_done_callback(self._on_cut)
-            self._ticks.leave(self, self._tick_s)
-            self._connection.leave()
-            if self._begun and not self._over:
-                self._client.abort()  # cancelled, or a defect: nothing may follow what is out
-        if self._problem is not None:
-            raise self._problem
+        self._connection.send(self, self._ask.head(), self._ask.body)
+
+    def leave(self) -> None:
+        """Let go of everything, at the end or before: then the engine hears that nobody waits."""
+        self._lease.cut.remove_done_callback(self._on_cut)
+        self._ticks.leave(self, self._tick_s)
+        self._connection.leave()
+        if self._full:
+            self._outlet.protocol.drained = None
+        if self._begun and not self._over:
+            self._client.abort()  # cancelled, or a defect: nothing may follow what is out
+        self._over = True
 
     # ------------------------------------------------------------ the engine speaks
 
@@ -160,7 +168,7 @@ class Answer:
             self._lost("sent an answer without a length")
             return
         self._status = head.status
-        self._chunked = head.chunked and self._modern
+        self._chunked = head.chunked and self._outlet.modern
         self._sse = head.chunked and kind.startswith(b"text/event-stream")
         if self._sse:
             self._hold = _HOLD_CHUNK
@@ -175,11 +183,11 @@ class Answer:
                 self._hold = _HOLD_ANSWER
 
     def _client_head(self, head: Head) -> bytes:
-        version = b"1.1" if self._modern else b"1.0"
+        version = b"1.1" if self._outlet.modern else b"1.0"
         lines = [b"HTTP/%s %d %s" % (version, head.status, head.reason)]
         lines += [b"%s: %s" % each for each in head.headers if each[0].lower() not in _HOP_BY_HOP]
-        if self._more:
-            lines += [b"%s: %s" % (k.encode(), v.encode()) for k, v in self._more]
+        if self._outlet.headers:
+            lines += [b"%s: %s" % (k.encode(), v.encode()) for k, v in self._outlet.headers]
         if self._chunked:
             lines.append(b"Transfer-Encoding: chunked")
         if not self.keep_alive:
@@ -260,8 +268,8 @@ class Answer:
     def _no_stream(self, data: bytes) -> None:
         """The client has status 200 and a stream already; what came is neither."""
         self._end(_fault(self._lease, "answered without a stream"), again=False)
-        if self._problem is not None and self._status >= 400:
-            self._problem.problem = errors.said(self._status, data)
+        if self.problem is not None and self._status >= 400:
+            self.problem.problem = errors.said(self._status, data)
             if self._status < 500:
                 self._lease.served()
 
@@ -273,13 +281,13 @@ class Answer:
         self._over = True
         if self._status < 500 and not self._spoiled and not self._client.is_closing():
             self._lease.served()
-        self._wake()
+        self._tell()
 
     def on_lost(self, why: str) -> None:
         connection = self._connection
         if connection.used and connection.silent and not self._over:
             self.stale = self._over = True
-            self._wake()
+            self._tell()
         else:
             self._lost(f"{why} in the middle of an answer" if self._begun else why)
 
@@ -291,27 +299,17 @@ class Answer:
             return
         client.write(data)
         # mostly all is out at once, and then nobody need ask whether it was too much
-        if client.get_write_buffer_size() and self._protocol.writing_paused and not self._over:
+        protocol = self._outlet.protocol
+        if client.get_write_buffer_size() and protocol.writing_paused and not self._over:
             self._full = True
             self._connection.pause()
-            self._wake()
+            protocol.drained = self._client_reads
 
-    async def _until_client_reads(self) -> None:
-        self._turn = self._loop.create_future()
-        async with asyncio.TaskGroup() as group:
-            drained = group.create_task(self._drained(), name="drain client")
-            await asyncio.wait((drained, self._turn), return_when=asyncio.FIRST_COMPLETED)
-            drained.cancel()
+    def _client_reads(self) -> None:
         self._full = False
         if not self._over:
             self._idle_s = 0.0
             self._connection.resume()
-
-    async def _drained(self) -> None:
-        try:
-            await self._request.writer.drain()
-        except ConnectionError:
-            self._over = True  # aiohttp is about to cancel this request
 
     # ------------------------------------------------------------ ends before the end
 
@@ -363,8 +361,8 @@ class Answer:
         self._over = True
         self._connection.discard()
         again = again and not self._begun and self._ask.replayable
-        self._problem = Broken(refusal, begun=self._begun, again=again)
-        self._wake()
+        self.problem = Broken(refusal, begun=self._begun, again=again)
+        self._tell()
         if self._begun:
             self._end_honestly(refusal)
 
@@ -377,8 +375,8 @@ class Answer:
             event = errors.frame(errors.refused(refusal), self._ask.shape)
             chunk = b"%x\r\n%s\r\n0\r\n\r\n" % (len(event), event)
             client.write(chunk if self._chunked else event)
-            if self._chunked and not self._full and self.keep_alive and self._problem is not None:
-                self._problem.kept = True  # a whole message: the next request is welcome
+            if self._chunked and not self._full and self.keep_alive and self.problem is not None:
+                self.problem.kept = True  # a whole message: the next request is welcome
                 return
         client.close()
         self._loop.call_later(self._limits.linger_s, client.abort)
@@ -388,7 +386,3 @@ class Answer:
         kept = self._held.rfind(end)
         if kept >= 0:
             self._client.write(bytes(self._held[: kept + len(end)]))
-
-    def _wake(self) -> None:
-        if not self._turn.done():
-            self._turn.set_result(None)

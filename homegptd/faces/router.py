@@ -31,6 +31,7 @@ from .early import Early, Pace, speaks
 from .errors import Denied
 from .intake import Intake, Wanted
 from .models import Models
+from .outlet import outlet
 from .relay import relay
 from .routes import Route, Where
 from .stored import Stored
@@ -292,7 +293,7 @@ class Router:
         self, request: web.BaseRequest, wanted: Wanted, record: Record, lease: Lease
     ) -> Coroutine[object, object, web.StreamResponse]:
         return relay(
-            request,
+            outlet(request, asking().headers),
             self._with_its_key(wanted),
             lease=lease,
             pool=self.pool,

@@ -11,6 +11,8 @@ from typing import Any
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
+from .outlet import Tells
+
 log = logging.getLogger(__name__)
 
 HEAD_S = 30.0
@@ -23,11 +25,9 @@ _QUIET.setLevel(logging.CRITICAL + 1)
 the log. Our own defects are told by the door."""
 
 
-class Connection(RequestHandler):
+class Connection(Tells, RequestHandler):
     """aiohttp (3.14) leaves whoever waits for a body waiting when a later piece of it is garbled:
     its parser in C only queues the error, as if it were the next request."""
-
-    __slots__ = ()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)

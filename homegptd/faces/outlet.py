@@ -1,0 +1,71 @@
+"""Where an answer goes: a client's connection, as much of it as the relay has to know."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol, cast
+
+from aiohttp import HttpVersion11, web
+from aiohttp.base_protocol import BaseProtocol
+
+from .clients import Headers
+
+
+class Drains(Protocol):
+    """A client's connection, whichever of our two servers has it."""
+
+    drained: Callable[[], None] | None
+    """Called once, when the client has read enough for more to be written."""
+
+    @property
+    def writing_paused(self) -> bool: ...
+
+
+class Tells(BaseProtocol):
+    """Knows whom to tell that the client reads again. aiohttp lets only tasks wait for that."""
+
+    drained: Callable[[], None] | None = None
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        drained, self.drained = self.drained, None
+        if drained is not None:
+            drained()
+
+
+class Outlet:
+    """One per request, or for all that come over a connection in the same way."""
+
+    __slots__ = ("headers", "keep_alive", "modern", "protocol", "transport")
+
+    def __init__(
+        self,
+        protocol: Drains,
+        transport: asyncio.Transport,
+        *,
+        modern: bool,
+        keep_alive: bool,
+        headers: Headers,
+    ) -> None:
+        self.protocol, self.transport = protocol, transport
+        self.modern = modern
+        """HTTP/1.1, so that it knows chunks."""
+        self.keep_alive = keep_alive
+        """Whether the client wants to ask more over it."""
+        self.headers = headers
+        """What every answer to it must have."""
+
+
+def outlet(request: web.BaseRequest, headers: Headers) -> Outlet:
+    """That of a request which aiohttp has read. Raises: ConnectionResetError."""
+    transport = request.transport
+    if transport is None:
+        raise ConnectionResetError("the client is gone")
+    return Outlet(
+        cast("Drains", request.protocol),
+        transport,
+        modern=request.version >= HttpVersion11,
+        keep_alive=request.keep_alive,
+        headers=headers,
+    )
