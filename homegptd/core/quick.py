@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from .commands import Grant
 from .draft import Outcome
 from .events import Event, RequestArrived, TicketClosed
-from .model import Asleep, Awake, Down, Engine, State, Ticket, TicketId
+from .model import Asleep, Awake, Down, Engine, ModelId, State, Ticket, TicketId
 
 LOOK_AGAIN_S = 0.2
 """Until the box looks what to do by itself after the last answer of an engine, in seconds."""
@@ -34,6 +34,17 @@ def quick(state: State, event: Event, now: float, *, calm: bool = False) -> Outc
         case _:
             pass
     return None
+
+
+def serves(state: State, model: ModelId, *, calm: bool = False) -> bool:
+    """Whether a ticket for the model would be granted at once, by `quick`."""
+    engine = state.engines.get(model)
+    return (
+        engine is not None
+        and engine.enabled
+        and isinstance(engine.phase, Awake)
+        and (calm or is_calm(state))
+    )
 
 
 def _granted(state: State, engine: Engine, ticket: Ticket, now: float) -> Outcome | None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from aiohttp import web
 from msgspec import Struct
 
-from homegptd.core.refusals import Refusal
+from homegptd.core.refusals import Reason, Refusal
 
 from . import errors
 from .bodies import Body
 from .errors import Shape
+
+log = logging.getLogger(__name__)
 
 
 class Limits(Struct, frozen=True):
@@ -85,3 +88,9 @@ class Relayed(web.StreamResponse):
 
 KEPT = Relayed(keep_alive=True)
 CLOSED = Relayed(keep_alive=False)
+
+
+def tell(broken: Broken) -> None:
+    """A cut the machine has told of itself, and what vLLM says of a request is the client's."""
+    if broken.refusal.reason is not Reason.CUT and broken.problem.status >= 500:
+        log.warning("%s", broken.refusal.message)

@@ -22,7 +22,8 @@ from homegptd.core.invariants import held as tickets_in
 from homegptd.core.model import ModelId
 from homegptd.core.refusals import Reason, Refusal
 from homegptd.core.words import span
-from homegptd.runtime.scheduler import Lease, Scheduler
+from homegptd.runtime.lease import Lease
+from homegptd.runtime.scheduler import Scheduler
 
 from .accounts import Accounts, End, Record
 from .ask import Limits

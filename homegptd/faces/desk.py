@@ -7,7 +7,7 @@ import asyncio
 import os
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from homegptd import __version__
@@ -88,7 +88,7 @@ class Desk:
             return ModelId(name)
         return next((model for model, (_, also) in self.names.items() if name in also), None)
 
-    def known(self) -> Iterable[ModelId]:
+    def known(self) -> Collection[ModelId]:
         return self._scheduler.state.engines
 
     def default(self) -> ModelId | None:

@@ -9,13 +9,15 @@ shows a good key needs none of these checks: browsers never add one by themselve
 from __future__ import annotations
 
 import socket
+from asyncio import Transport
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from aiohttp import web
+from multidict import CIMultiDictProxy
 
 from homegptd.config.keys import Key
 
@@ -40,6 +42,15 @@ class Access(Enum):
     MANAGE = "a key with that right; without keys loopback and the containers' network"
 
 
+class Asked(Protocol):
+    """What is looked at of a request."""
+
+    @property
+    def headers(self) -> CIMultiDictProxy[str]: ...
+    @property
+    def transport(self) -> Transport | None: ...
+
+
 def _own_names() -> frozenset[str]:
     return frozenset({socket.gethostname().lower()})
 
@@ -58,7 +69,7 @@ class Guard:
     """Origins whose web pages may read answers; `*`: all."""
     own: frozenset[str] = field(default_factory=_own_names)
 
-    def greet(self, request: web.BaseRequest) -> Client:
+    def greet(self, request: Asked) -> Client:
         """Who asks, as far as it can be known; nobody is turned away yet."""
         key = None if self.keys is None else self._key(request, self.keys)
         headers = self._cors(request) if "Origin" in request.headers else ()
@@ -66,7 +77,7 @@ class Guard:
             return Client(headers=headers) if headers else ANYBODY
         return Client(key, key is not None, self.keys.running, headers)
 
-    def admit(self, request: web.BaseRequest, client: Client, access: Access) -> None:
+    def admit(self, request: Asked, client: Client, access: Access) -> None:
         """Raises: Denied."""
         if access is Access.OPEN:
             return
@@ -98,13 +109,13 @@ class Guard:
         headers["Access-Control-Max-Age"] = str(_PREFLIGHT_S)
         return web.Response(headers=headers)
 
-    def _key(self, request: web.BaseRequest, keys: Keyring) -> Key | None:
+    def _key(self, request: Asked, keys: Keyring) -> Key | None:
         for secret in _shown(request):
             if key := keys.find(secret):
                 return key
         return None
 
-    def _cors(self, request: web.BaseRequest) -> Headers:
+    def _cors(self, request: Asked) -> Headers:
         origin = request.headers["Origin"]
         if origin not in self.cors and not ("*" in self.cors and origin.isascii()):
             return ()
@@ -114,19 +125,19 @@ class Guard:
             ("Vary", "Origin"),
         )
 
-    def _host_is_ours(self, request: web.BaseRequest) -> None:
+    def _host_is_ours(self, request: Asked) -> None:
         host = request.headers.get("Host")
         if host is not None and not _is_ours(host, self.hosts, self.own):
             hint = "use its address, or name it in http.hosts"
             raise _forbidden(f'"{host[:100]}" is not a name of this box', hint)
 
-    def _may_manage(self, request: web.BaseRequest) -> None:
+    def _may_manage(self, request: Asked) -> None:
         if not self._is_near(request):
             hint = "use homegptctl on the box, or a key that may (homegptctl key add)"
             raise _forbidden("management is not open to this address", hint)
         _is_no_other_site(request)
 
-    def _is_near(self, request: web.BaseRequest) -> bool:
+    def _is_near(self, request: Asked) -> bool:
         if any(name in request.headers for name in _FORWARDED):
             return False  # a proxy on this box speaks for somebody else
         transport = request.transport
@@ -138,14 +149,14 @@ class Guard:
         return any(address in network for network in self.managers)
 
 
-def _shown(request: web.BaseRequest) -> list[str]:
+def _shown(request: Asked) -> list[str]:
     """What the client shows as its key."""
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     shown = [token.strip() if scheme.lower() == "bearer" else "", request.headers.get("x-api-key")]
     return [secret for secret in shown if secret]
 
 
-def _is_foreign(request: web.BaseRequest) -> bool:
+def _is_foreign(request: Asked) -> bool:
     """Whether a web page of another site asks. An installed program may have a scheme of its own
     (`app://`, `chrome-extension://`), which no web page can have."""
     origin = request.headers.get("Origin")
@@ -154,7 +165,7 @@ def _is_foreign(request: web.BaseRequest) -> bool:
     return origin == "null" or origin.partition("://")[0] in ("http", "https")
 
 
-def _is_no_other_site(request: web.BaseRequest) -> None:
+def _is_no_other_site(request: Asked) -> None:
     """Raises: Denied."""
     origin, site = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site")
     foreign = origin is not None and not _is_same(request, origin)
@@ -162,7 +173,7 @@ def _is_no_other_site(request: web.BaseRequest) -> None:
         raise _forbidden("the request comes from a page of another site", None)
 
 
-def _is_same(request: web.BaseRequest, origin: str) -> bool:
+def _is_same(request: Asked, origin: str) -> bool:
     return origin.partition("://")[2] == request.headers.get("Host")
 
 
@@ -191,7 +202,7 @@ def _without_port(host: str) -> str:
     return host.rpartition(":")[0] if ":" in host else host
 
 
-def _unauthorized(request: web.BaseRequest) -> Problem:
+def _unauthorized(request: Asked) -> Problem:
     if _shown(request):
         text, hint = "this API key is not known here", None
     else:

@@ -61,6 +61,7 @@ class Door:
 
     def __init__(self, guard: Guard, router: Router) -> None:
         self.guard = guard
+        self.express = router.express(lambda: self.guard)
         self._router = router
         self._paths: dict[str, Path] = {}
 
@@ -293,6 +294,7 @@ async def serve(
         handler_cancellation=True,  # a client that hangs up ends its request, in every phase
         access_log=None,
         keepalive_timeout=_KEEP_ALIVE_S,
+        express=door.express,
         lingering_time=2.0,
     )
     runner = web.ServerRunner(server, shutdown_timeout=shutdown_s)

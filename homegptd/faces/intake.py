@@ -7,9 +7,11 @@ from functools import partial
 from aiohttp import HttpVersion11, web
 from msgspec import Struct
 from msgspec.structs import replace
+from multidict import CIMultiDictProxy
 
 from homegptd.core.model import ModelId
-from homegptd.runtime.scheduler import Lease, Scheduler
+from homegptd.runtime.lease import Lease
+from homegptd.runtime.scheduler import Scheduler
 
 from . import adjust, errors, multipart, openai, usage
 from .ask import Ask
@@ -96,7 +98,7 @@ class Intake:
         if not self._models.is_known_to(model, wish.model):
             body = openai.with_model(body, model)
         task = not (wish.stream or self._tasks_switch) and is_task(body)
-        ask, begun = Ask(route.path, _passed_on(request), body, route.shape), None
+        ask, begun = Ask(route.path, passed_on(request.headers), body, route.shape), None
         if route.stores:
             begun = Begun() if wish.background else None
             learn = partial(self._learn, model, begun)
@@ -121,7 +123,7 @@ class Intake:
             form = _form(request, body)
         if not self._models.is_known_to(model, form.model):
             body = multipart.with_model(body, form, model)
-        ask = Ask(route.path, _passed_on(request), body, route.shape)
+        ask = Ask(route.path, passed_on(request.headers), body, route.shape)
         return self._request(route, model, ask, stream=form.stream)
 
     def _read_stored(self, request: web.BaseRequest, route: Route) -> Wanted:
@@ -134,7 +136,7 @@ class Intake:
         if model is None or self._models.find(model) is None:
             text = f'there is no response "{ident}": its engine has ended, or never gave it'
             raise Denied(Problem(404, "not_found", text, param="response_id"))
-        ask = Ask(path + query, _passed_on(request), b"", route.shape, method=route.method)
+        ask = Ask(path + query, passed_on(request.headers), b"", route.shape, method=route.method)
         under = self._stored.running.get((model, ident))
         wanted = self._request(route, model, ask, stream=stream)
         return replace(wanted, under=under, ended=ended)
@@ -208,7 +210,7 @@ def _stream_query(request: web.BaseRequest) -> tuple[str, bool]:
     return (f"?{query}" if query else ""), stream
 
 
-def _passed_on(request: web.BaseRequest) -> bytes:
-    headers = request.headers
+def passed_on(headers: CIMultiDictProxy[str]) -> bytes:
+    """The lines that the engine gets."""
     lines = [f"{name}: {headers[name]}\r\n" for name in _PASSED_ON if name in headers]
     return "".join(lines).encode("utf-8", "surrogateescape")

@@ -11,7 +11,7 @@ from homegptd.wire import control as wire
 
 from . import sight
 from .adjust import Adjustment
-from .clients import asking
+from .clients import Client, asking
 from .desk import Desk
 
 T = TypeVar("T")
@@ -39,6 +39,14 @@ class Models:
 
     def _shows(self, model: ModelId) -> bool:
         return self._only in (None, model) and asking().sees(model)
+
+    def as_is(self, name: str, client: Client, kinds: frozenset[str] | None) -> ModelId | None:
+        """The model of that very id, where a request of these kinds goes to it as it came."""
+        model, desk = ModelId(name), self._desk
+        if model not in desk.known() or self._only not in (None, model) or not client.sees(model):
+            return None
+        fits = kinds is None or desk.kinds.get(model) in (None, *kinds)
+        return model if fits and not desk.adjustments.get(model) else None
 
     def is_known_to(self, model: ModelId, name: str | None) -> bool:
         """Whether the engine of `model` answers to this name."""

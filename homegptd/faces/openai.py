@@ -73,6 +73,23 @@ _decoder = msgspec.json.Decoder(_Body)
 _any = msgspec.json.Decoder()
 
 
+class _Named(msgspec.Struct):
+    model: str
+    stream: bool | None = None
+
+
+_named = msgspec.json.Decoder(_Named)
+
+
+def named_only(body: bytes) -> str | None:
+    """The model of a small body that asks for no stream; None where it takes `read` to tell."""
+    try:
+        found = _named.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    return None if found.stream else found.model
+
+
 def read(body: Body) -> Wish:
     """The wish of a JSON body. Raises: NotUnderstood."""
     if isinstance(body, bytes):

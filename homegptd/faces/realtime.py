@@ -23,7 +23,8 @@ from aiohttp import WSCloseCode, WSMsgType, web
 
 from homegptd.core.model import Draining, ModelId
 from homegptd.core.refusals import Reason, Refusal
-from homegptd.runtime.scheduler import Lease, Refused, Scheduler
+from homegptd.runtime.lease import Lease, Refused
+from homegptd.runtime.scheduler import Scheduler
 
 from . import errors
 from .clients import asking

@@ -27,7 +27,7 @@ import re
 from collections.abc import Callable
 
 from homegptd.core.refusals import Reason, Refusal
-from homegptd.runtime.scheduler import Lease
+from homegptd.runtime.lease import Lease
 
 from . import errors
 from .accounts import Record
@@ -70,7 +70,7 @@ async def relay(
     connection = None if old or not ask.replayable else pool.take(address)
     while True:
         if connection is None:
-            connection = await _connect(pool, address, lease, unchunked=old)
+            connection = await connect(pool, address, lease, unchunked=old)
         answer = Answer(outlet, ask, connection, lease, limits, record, pool, early)
         await _ended(answer, pool.loop)
         if answer.problem is not None:
@@ -94,16 +94,18 @@ async def _ended(answer: Answer, loop: asyncio.AbstractEventLoop) -> None:
         answer.leave()
 
 
-async def _connect(pool: Pool, address: Address, lease: Lease, *, unchunked: bool) -> Connection:
+async def connect(
+    pool: Pool, address: Address, lease: Lease, *, unchunked: bool = False
+) -> Connection:
+    """A new connection to the engine. Raises: Broken."""
     try:
         return await pool.connect(address, unchunked=unchunked)
     except (OSError, TimeoutError) as error:
-        raise Broken(
-            _fault(lease, f"cannot be reached ({error})"), again=True, sent=False
-        ) from None
+        raise Broken(fault(lease, f"cannot be reached ({error})"), again=True, sent=False) from None
 
 
-def _fault(lease: Lease, what: str) -> Refusal:
+def fault(lease: Lease, what: str) -> Refusal:
+    """Why there is no answer, or only a part of one."""
     return Refusal(Reason.ENGINE_FAULT, f'the engine of "{lease.model}" {what}')
 
 
@@ -267,7 +269,7 @@ class Answer:
 
     def _no_stream(self, data: bytes) -> None:
         """The client has status 200 and a stream already; what came is neither."""
-        self._end(_fault(self._lease, "answered without a stream"), again=False)
+        self._end(fault(self._lease, "answered without a stream"), again=False)
         if self.problem is not None and self._status >= 400:
             self.problem.problem = errors.said(self._status, data)
             if self._status < 500:
@@ -353,7 +355,7 @@ class Answer:
                 self._held[:0] = self._owed  # goes out before the next event
 
     def _lost(self, what: str, *, again: bool = True) -> None:
-        self._end(_fault(self._lease, what), again=again)
+        self._end(fault(self._lease, what), again=again)
 
     def _end(self, refusal: Refusal, *, again: bool) -> None:
         if self._over:
@@ -362,9 +364,9 @@ class Answer:
         self._connection.discard()
         again = again and not self._begun and self._ask.replayable
         self.problem = Broken(refusal, begun=self._begun, again=again)
-        self._tell()
         if self._begun:
             self._end_honestly(refusal)
+        self._tell()  # last: who hears it may begin the next request over this connection
 
     def _end_honestly(self, refusal: Refusal) -> None:
         client = self._client

@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from aiohttp import web
 from msgspec.structs import replace
@@ -19,16 +19,19 @@ from msgspec.structs import replace
 from homegptd.core import outlook as outlooks
 from homegptd.core.model import Awake, Draining, ModelId, State
 from homegptd.core.refusals import Reason
-from homegptd.runtime.scheduler import Lease, Refused, Scheduler
+from homegptd.runtime.lease import Lease, Refused
+from homegptd.runtime.scheduler import Scheduler
 
 from . import errors, realtime
 from .accounts import Accounts, End, Record
-from .ask import CLOSED, KEPT, Ask, Broken, Limits
+from .ask import CLOSED, KEPT, Ask, Broken, Limits, tell
 from .background import Background
 from .bodies import Bodies
 from .clients import asking
 from .early import Early, Pace, speaks
 from .errors import Denied
+from .express import Express
+from .guard import Guard
 from .intake import Intake, Wanted
 from .models import Models
 from .outlet import outlet
@@ -36,6 +39,9 @@ from .relay import relay
 from .routes import Route, Where
 from .stored import Stored
 from .upstream import Address, Pool
+
+if TYPE_CHECKING:
+    from .server import Connection
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +94,7 @@ class Router:
         stored: Stored | None = None,
         accounts: Accounts | None = None,
     ) -> None:
-        self._scheduler = scheduler
+        self._scheduler, self._models = scheduler, models
         self._addresses = addresses
         self._engine_keys = engine_keys
         self._settings = settings
@@ -113,6 +119,23 @@ class Router:
         self.pool = Pool()
         settings.bodies.again_s = self._room_s
         self._foreseen: dict[ModelId, tuple[State, float, outlooks.Outlook]] = {}
+
+    def express(self, guard: Callable[[], Guard]) -> Express:
+        """The short way beside this one."""
+        settings = self._settings
+        return Express(
+            self._scheduler,
+            self._models,
+            guard=guard,
+            addresses=self._addresses,
+            engine_keys=self._engine_keys,
+            limits=settings.limits,
+            bodies=settings.bodies,
+            max_body_bytes=settings.max_body_bytes,
+            tasks_switch=settings.tasks_switch,
+            accounts=self.accounts,
+            pool=self.pool,
+        )
 
     def _room_s(self) -> float:
         return outlooks.room_s(self._scheduler.state, self._scheduler.loop.time())
@@ -143,7 +166,7 @@ class Router:
             record.end, problem = End.REFUSED, errors.refused(refused.refusal)
         except Broken as broken:
             record.end = End.FAILED
-            _tell(broken)
+            tell(broken)
             if broken.begun:
                 return KEPT if broken.kept else CLOSED
             problem = broken.problem
@@ -175,7 +198,7 @@ class Router:
         except Broken as broken:
             if broken.begun or not early.given:
                 raise
-            _tell(broken)
+            tell(broken)
             record.end, problem = End.FAILED, broken.problem
         except Exception:
             if not early.given:
@@ -226,6 +249,8 @@ class Router:
         sent = tries = 0
         while True:
             try:
+                if (broken := _already(request)) is not None:
+                    raise broken
                 return await self._try(request, wanted, record, replay=tries > 0)
             except Broken as broken:
                 tries += 1
@@ -357,10 +382,11 @@ class Router:
         return outlook
 
 
-def _tell(broken: Broken) -> None:
-    """A cut the machine has told of itself, and what vLLM says of a request is the client's."""
-    if broken.refusal.reason is not Reason.CUT and broken.problem.status >= 500:
-        log.warning("%s", broken.refusal.message)
+def _already(request: web.BaseRequest) -> Broken | None:
+    """What came of this request on the short way; told once."""
+    connection = cast("Connection", request.protocol)
+    already, connection.already = connection.already, None
+    return already
 
 
 def _least(one: float, other: float | None) -> float:

@@ -6,12 +6,16 @@ import asyncio
 import logging
 import resource
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
+from .ask import Broken
+from .express import Express
+from .front import QUIET_TICKS, Front
 from .outlet import Tells
+from .ticks import Ticks
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +33,11 @@ class Connection(Tells, RequestHandler):
     """aiohttp (3.14) leaves whoever waits for a body waiting when a later piece of it is garbled:
     its parser in C only queues the error, as if it were the next request."""
 
+    broken: Broken | None = None
+    """What came of the next request on the short way, where it comes here to be sent again."""
+    already: Broken | None = None
+    """The same for the request that is being answered."""
+
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         request = self._current_request
@@ -37,7 +46,10 @@ class Connection(Tells, RequestHandler):
 
 
 class Server(web.Server):
-    """When it is full, the silent connection that came first makes room for a new one."""
+    """When it is full, the silent connection that came first makes room for a new one.
+
+    With `express` connections are `Front`s, which hand over to aiohttp what is not for them.
+    """
 
     def __init__(
         self,
@@ -45,34 +57,63 @@ class Server(web.Server):
         *,
         most: int | None = None,
         head_s: float = HEAD_S,
+        express: Express | None = None,
+        keepalive_timeout: float = 75.0,
         **more: Any,
     ) -> None:
-        super().__init__(self._heard, logger=_QUIET, **more)
+        super().__init__(self._heard, logger=_QUIET, keepalive_timeout=keepalive_timeout, **more)
         self._answer = handler
         self._most = most or _room_for_connections()
         self._head_s = head_s
-        self._silent: dict[RequestHandler, asyncio.Transport] = {}
+        self._express = express
+        self._silent: dict[Front | RequestHandler, asyncio.Transport] = {}
+        self._ticks = Ticks(self._loop)
+        self._tick_s = keepalive_timeout / (QUIET_TICKS - 1)
 
     def __call__(self) -> RequestHandler:
+        if self._express is not None:
+            # aiohttp asks of it no more than what it has
+            return cast("RequestHandler", Front(self, self._express, self._loop))
+        return self.handler()
+
+    def handler(self) -> Connection:
+        """For a connection, or for what is left of one."""
         return Connection(self, loop=self._loop, **self._kwargs)
 
     def _heard(self, request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
-        self._silent.pop(request.protocol, None)
+        connection = cast("Connection", request.protocol)
+        self.front_heard(connection)
+        connection.already, connection.broken = connection.broken, None
         return self._answer(request)
 
+    def front_made(self, front: Front, transport: asyncio.Transport) -> None:
+        self._let_in(cast("RequestHandler", front), transport)
+        self._ticks.join(front, self._tick_s)
+
+    def front_heard(self, front: Front | RequestHandler) -> None:
+        self._silent.pop(front, None)
+
+    def front_lost(self, front: Front) -> None:
+        self._silent.pop(front, None)
+        self._ticks.leave(front, self._tick_s)
+        self._connections.pop(cast("RequestHandler", front), None)
+
     def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
+        self._let_in(handler, transport)
+        self._loop.call_later(self._head_s, self._look, handler)
+
+    def _let_in(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
         self._silent[handler] = transport
         if len(self._connections) > self._most:
             log.warning("%d connections, as many as may be; a silent one goes", self._most)
             next(iter(self._silent.values())).abort()
-        self._loop.call_later(self._head_s, self._look, handler)
 
     def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
         self._silent.pop(handler, None)
         super().connection_lost(handler, exc)
 
-    def _look(self, handler: RequestHandler) -> None:
+    def _look(self, handler: Front | RequestHandler) -> None:
         transport = self._silent.pop(handler, None)
         if transport is not None:
             transport.abort()

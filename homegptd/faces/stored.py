@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 
 from homegptd.core.model import Engine, ModelId
-from homegptd.runtime.scheduler import Lease
+from homegptd.runtime.lease import Lease
 
 _MOST = 10_000
 _MOST_BYTES = 32 << 20

@@ -10,7 +10,6 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from types import TracebackType
 from typing import Protocol
 
 from homegptd.core.commands import Command, Cut, Finish, Grant, Order, Probe, Refuse, Watch
@@ -37,23 +36,17 @@ from homegptd.core.model import (
     Ticket,
     TicketId,
 )
-from homegptd.core.quick import quick
+from homegptd.core.quick import quick, serves
 from homegptd.core.refusals import Reason, Refusal
 from homegptd.core.story import Line, tell
+
+from .lease import Lease
 
 log = logging.getLogger(__name__)
 
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 _REMEMBERED = 500
 """Ended operations that can still be asked for."""
-
-
-class Refused(Exception):
-    """A request or an operation is turned down; `refusal` says why and when to ask again."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.message)
-        self.refusal = refusal
 
 
 class _OverError(Exception):
@@ -64,69 +57,6 @@ class Carrier(Protocol):
     """Carries out orders as tasks of the group it is given; each ends in one event."""
 
     def carry_out(self, command: Order | Watch | Probe, group: asyncio.TaskGroup) -> None: ...
-
-
-class Lease:
-    """A granted ticket: holds its engine awake until the block ends.
-
-    `cut` is done when the answer has to end now, with the refusal to tell the client.
-    """
-
-    __slots__ = ("_answer", "_outcome", "_scheduler", "_served", "cut", "ticket")
-
-    def __init__(self, scheduler: "Scheduler", ticket: Ticket) -> None:
-        self._scheduler = scheduler
-        self._answer: asyncio.Future[None] | None = None
-        self._outcome: Refusal | bool = False  # True: granted
-        self._served = False
-        self.cut: asyncio.Future[Refusal] = scheduler.loop.create_future()
-        self.ticket = ticket
-
-    @property
-    def model(self) -> ModelId:
-        return self.ticket.model
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the answer is held inside an engine that sleeps or is about to."""
-        return self._scheduler.is_frozen(self.ticket)
-
-    def served(self) -> None:
-        """The whole answer went out."""
-        self._served = True
-
-    def silent(self, seconds: float) -> None:
-        """Nobody has heard anything of the engine for so long, and something was due."""
-        self._scheduler.suspect(self.ticket, seconds)
-
-    async def __aenter__(self) -> "Lease":
-        """Wait for the engine. Raises: Refused."""
-        try:
-            self._scheduler.open(self)
-            if self._outcome is False:
-                self._answer = self._scheduler.loop.create_future()
-                await self._answer
-        except BaseException:
-            self._scheduler.close(self.ticket.id, served=False)
-            raise
-        if isinstance(self._outcome, Refusal):
-            self._scheduler.close(self.ticket.id, served=False)
-            raise Refused(self._outcome)
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._scheduler.close(self.ticket.id, served=self._served)
-
-    def settle(self, outcome: Refusal | bool) -> None:
-        """Granted (True) or refused: only the scheduler says so."""
-        self._outcome = outcome
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_result(None)
 
 
 class Scheduler:
@@ -286,6 +216,17 @@ class Scheduler:
             replay=replay,
         )
         return Lease(self, ticket)
+
+    def lease_at_once(self, model: ModelId) -> Lease | None:
+        """A lease that is granted already, for what is no stream; to be closed.
+
+        None where the model does not serve, or where somebody wants something else of the box.
+        """
+        if self._stepping or not serves(self._state, model, calm=self._calm):
+            return None
+        lease = self.lease(model, freezable=False)
+        self.open(lease)
+        return lease
 
     def open(self, lease: Lease) -> None:
         self._leases[lease.ticket.id] = lease

@@ -28,6 +28,7 @@ from homegptd.faces.ask import Limits
 from homegptd.faces.bodies import Bodies
 from homegptd.faces.desk import Desk
 from homegptd.faces.early import Pace
+from homegptd.faces.front import Front
 from homegptd.faces.guard import Guard
 from homegptd.faces.router import EngineKeys, Settings, no_key
 from homegptd.faces.upstream import Address
@@ -95,6 +96,10 @@ class Box:
     def clients_served(self) -> int:
         """How many connections of clients the door has open."""
         return len(self.server.connections)
+
+    def fronts(self) -> int:
+        """How many of them have gone the short way only."""
+        return sum(isinstance(each, Front) for each in self.server.connections)
 
     def phase(self, model: str = "chat") -> core.Phase:
         return self.scheduler.state.engines[ModelId(model)].phase

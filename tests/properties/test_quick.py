@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from homegptd.core.events import RequestArrived, TicketClosed, TimePassed
 from homegptd.core.machine import step
 from homegptd.core.model import TicketId
-from homegptd.core.quick import is_calm, quick
+from homegptd.core.quick import is_calm, quick, serves
 from homegptd.core.story import tell
 from tests.core.builders import asleep, awake, box, down, ticket
 from tests.properties.test_planner import fleets
@@ -33,6 +33,14 @@ def test_a_request_that_comes_or_goes_is_the_same_both_ways(state, data) -> None
         assert long.wake_at <= then.wake_at
     assert tell(state, event, short, NOW) == ()
     assert is_calm(short.state)
+
+
+@given(fleets(), st.booleans(), st.data())
+def test_a_model_serves_where_a_ticket_is_granted_the_short_way(state, booted, data) -> None:
+    state = replace(state, booted=booted)
+    model = data.draw(st.sampled_from([*sorted(state.engines), "unknown"]))
+    granted = quick(state, RequestArrived(ticket(999, model, NOW)), NOW) is not None
+    assert serves(state, model) == granted
 
 
 def test_it_is_taken_only_while_nobody_wants_anything_else() -> None:

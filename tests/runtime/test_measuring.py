@@ -9,8 +9,8 @@ from msgspec.structs import replace
 from homegptd.core.events import MemorySeen, SleepEnded, StartEnded, WakeEnded
 from homegptd.core.memory import HOST, Card, Foreign, Gpu, Held, Kind, Seen, Source
 from homegptd.core.model import Asleep, Awake, ModelId, State
+from homegptd.runtime.lease import Refused
 from homegptd.runtime.measuring import LOOK_S, SETTLE_S, watch
-from homegptd.runtime.scheduler import Refused
 from tests.runtime.jumping import jumping
 from tests.runtime.small import A, B, Small, SmallEngine
 

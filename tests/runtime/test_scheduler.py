@@ -11,7 +11,8 @@ from homegptd.core.machine import initial
 from homegptd.core.model import Act, Asleep, Awake, Draining, Gpu, ModelId, Policy, State
 from homegptd.core.quick import is_calm, quick
 from homegptd.core.refusals import Reason
-from homegptd.runtime.scheduler import Lease, Refused, Scheduler
+from homegptd.runtime.lease import Lease, Refused
+from homegptd.runtime.scheduler import Scheduler
 from tests.core.builders import GB, spec
 from tests.runtime.jumping import DeadlockError, jumping, run
 from tests.runtime.small import SLEEP_S, WAKE_S, A, B, Small
@@ -40,6 +41,28 @@ async def test_a_lease_on_an_awake_model_costs_no_turn_of_the_loop() -> None:
             lease.__aenter__().send(None)
         assert small.engine(A).phase.leases == {lease.ticket.id}
         await lease.__aexit__(None, None, None)
+        assert small.nothing_is_left()
+
+
+@jumping
+async def test_a_lease_at_once_is_granted_already_or_there_is_none() -> None:
+    async with Small().running() as small:
+        assert small.scheduler.lease_at_once(A) is None  # it is being brought up
+        await small.until_booted()
+        lease = small.scheduler.lease_at_once(A)
+        assert lease is not None
+        assert small.engine(A).phase.leases == {lease.ticket.id}
+        state = small.scheduler.state
+        assert small.scheduler.lease_at_once(B) is None
+        assert small.scheduler.lease_at_once(ModelId("unknown")) is None
+        assert small.scheduler.state is state  # nobody has asked for anything
+        async with asyncio.TaskGroup() as group:
+            group.create_task(ask(small.scheduler, B))
+            await asyncio.sleep(0.1)
+            assert small.scheduler.lease_at_once(A) is None  # another is waited for
+            lease.served()
+            lease.close()
+            lease.close()
         assert small.nothing_is_left()
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from random import Random
 
 from homegptd.core.model import Awake, ModelId, TicketId
-from homegptd.runtime.scheduler import Lease, Refused, Scheduler
+from homegptd.runtime.lease import Lease, Refused
+from homegptd.runtime.scheduler import Scheduler
 
 from .engines import Machines
 from .promises import Count

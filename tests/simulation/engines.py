@@ -22,7 +22,7 @@ from homegptd.core.model import (
     Traits,
 )
 from homegptd.core.refusals import Fault
-from homegptd.runtime.scheduler import Lease
+from homegptd.runtime.lease import Lease
 from homegptd.sim.physics import Box, Memory, PhysicsError, Speeds
 
 from .fleet import Model, Mood
