@@ -29,7 +29,7 @@ from .errors import Denied
 from .guard import Access, Guard
 from .intake import passed_on
 from .models import Models
-from .outlet import Drains, Outlet
+from .outlet import Flows, Outlet
 from .plain import Head
 from .relay import Answer, connect, fault
 from .routes import ROUTES, Route, Where
@@ -181,7 +181,7 @@ class Express:
         self.largest = min(_LARGEST, max_body_bytes)
         """Bytes of a body."""
 
-    def know(self, head: Head, protocol: Drains, transport: asyncio.Transport) -> Known | None:
+    def know(self, head: Head, protocol: Flows, transport: asyncio.Transport) -> Known | None:
         """None where requests with this head go the long way."""
         route, guard = _ROUTES.get(head.path), self._guard()
         seen = _Seen(head.headers, transport)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Protocol, cast
 
 from aiohttp import HttpVersion11, web
@@ -12,26 +11,36 @@ from aiohttp.base_protocol import BaseProtocol
 from .clients import Headers
 
 
-class Drains(Protocol):
+class Flow(Protocol):
+    """Who writes to a client, and has to know when it reads too slowly."""
+
+    def on_full(self) -> None: ...
+    def on_drained(self) -> None: ...
+
+
+class Flows(Protocol):
     """A client's connection, whichever of our two servers has it."""
 
-    drained: Callable[[], None] | None
-    """Called once, when the client has read enough for more to be written."""
+    flow: Flow | None
 
     @property
     def writing_paused(self) -> bool: ...
 
 
 class Tells(BaseProtocol):
-    """Knows whom to tell that the client reads again. aiohttp lets only tasks wait for that."""
+    """Tells at once whoever writes to it. aiohttp lets only tasks wait."""
 
-    drained: Callable[[], None] | None = None
+    flow: Flow | None = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self.flow is not None:
+            self.flow.on_full()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        drained, self.drained = self.drained, None
-        if drained is not None:
-            drained()
+        if self.flow is not None:
+            self.flow.on_drained()
 
 
 class Outlet:
@@ -41,7 +50,7 @@ class Outlet:
 
     def __init__(
         self,
-        protocol: Drains,
+        protocol: Flows,
         transport: asyncio.Transport,
         *,
         modern: bool,
@@ -63,7 +72,7 @@ def outlet(request: web.BaseRequest, headers: Headers) -> Outlet:
     if transport is None:
         raise ConnectionResetError("the client is gone")
     return Outlet(
-        cast("Drains", request.protocol),
+        cast("Flows", request.protocol),
         transport,
         modern=request.version >= HttpVersion11,
         keep_alive=request.keep_alive,

@@ -146,6 +146,10 @@ class Answer:
     def begin(self, tell: Callable[[], None]) -> None:
         """Ask. `tell` is called once, when the answer has ended one way or the other."""
         self._tell = tell
+        protocol = self._outlet.protocol
+        protocol.flow = self
+        if protocol.writing_paused:
+            self.on_full()
         self._lease.cut.add_done_callback(self._on_cut)
         self._ticks.join(self, self._tick_s)
         self._connection.send(self, self._ask.head(), self._ask.body)
@@ -155,8 +159,7 @@ class Answer:
         self._lease.cut.remove_done_callback(self._on_cut)
         self._ticks.leave(self, self._tick_s)
         self._connection.leave()
-        if self._full:
-            self._outlet.protocol.drained = None
+        self._outlet.protocol.flow = None
         if self._begun and not self._over:
             self._client.abort()  # cancelled, or a defect: nothing may follow what is out
         self._over = True
@@ -207,7 +210,8 @@ class Answer:
             data.rfind(MARK) < 0 and data.rfind(ABORT) < 0 and data.rfind(_ERROR_EVENT) < 0
         ):  # fmt: skip
             self._last = data
-            self._write(data)
+            if not self._client.is_closing():  # as `_write`, but without a call
+                self._client.write(data)
             return
         whole = connection.complete or (self._sse and connection.between)
         if self._held or not whole:
@@ -296,18 +300,15 @@ class Answer:
     # ------------------------------------------------------------ the client reads
 
     def _write(self, data: bytes) -> None:
-        client = self._client
-        if client.is_closing():  # uvloop raises where asyncio only warns
-            return
-        client.write(data)
-        # mostly all is out at once, and then nobody need ask whether it was too much
-        protocol = self._outlet.protocol
-        if client.get_write_buffer_size() and protocol.writing_paused and not self._over:
+        if not self._client.is_closing():  # uvloop raises where asyncio only warns
+            self._client.write(data)
+
+    def on_full(self) -> None:
+        if not self._over:
             self._full = True
             self._connection.pause()
-            protocol.drained = self._client_reads
 
-    def _client_reads(self) -> None:
+    def on_drained(self) -> None:
         self._full = False
         if not self._over:
             self._idle_s = 0.0
