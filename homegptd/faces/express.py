@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from msgspec import Struct
@@ -193,7 +194,14 @@ class Express:
             guard.admit(seen, client, Access.USE)
         except Denied:
             return None
-        outlet = Outlet(protocol, transport, modern=True, keep_alive=True, headers=client.headers)
+        outlet = Outlet(
+            protocol,
+            transport,
+            modern=True,
+            keep_alive=True,
+            headers=client.headers,
+            told=partial(self._models.told, client=client),
+        )
         return Known(guard, client, route, passed_on(head.headers), outlet)
 
     def holds(self, known: Known) -> bool:

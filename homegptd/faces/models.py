@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from typing import TypeVar
 
 from homegptd.core.model import ModelId
@@ -13,6 +14,7 @@ from . import sight
 from .adjust import Adjustment
 from .clients import Client, asking
 from .desk import Desk
+from .errors import Problem
 
 T = TypeVar("T")
 
@@ -84,10 +86,15 @@ class Models:
         views = [view for view in self._desk.models() if self._shows(ModelId(view["id"]))]
         return self.shown(views)
 
-    def shown(self, told: T) -> T:
-        """`told` without the names of models that are not there for this client."""
-        sees = asking().sees
+    def shown(self, told: T, client: Client | None = None) -> T:
+        """`told` without the names of models that are not there for the client, or who asks."""
+        sees = (client or asking()).sees
         return sight.without(told, [model for model in self._desk.known() if not sees(model)])
+
+    def told(self, problem: Problem, client: Client | None = None) -> Problem:
+        """The same for what a client hears instead of an answer."""
+        message, hint = (self.shown(text, client) for text in (problem.message, problem.hint or ""))
+        return replace(problem, message=message, hint=hint or None)
 
     def unknown(self, name: str) -> Refusal:
         """Names what is near, or else what there is."""

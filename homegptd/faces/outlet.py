@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol, cast
 
 from aiohttp import HttpVersion11, web
 from aiohttp.base_protocol import BaseProtocol
 
 from .clients import Headers
+from .errors import Problem
 
 
 class Flow(Protocol):
@@ -46,7 +48,7 @@ class Tells(BaseProtocol):
 class Outlet:
     """One per request, or for all that come over a connection in the same way."""
 
-    __slots__ = ("headers", "keep_alive", "modern", "protocol", "transport")
+    __slots__ = ("headers", "keep_alive", "modern", "protocol", "told", "transport")
 
     def __init__(
         self,
@@ -56,6 +58,7 @@ class Outlet:
         modern: bool,
         keep_alive: bool,
         headers: Headers,
+        told: Callable[[Problem], Problem],
     ) -> None:
         self.protocol, self.transport = protocol, transport
         self.modern = modern
@@ -64,9 +67,13 @@ class Outlet:
         """Whether the client wants to ask more over it."""
         self.headers = headers
         """What every answer to it must have."""
+        self.told = told
+        """What it hears of a problem."""
 
 
-def outlet(request: web.BaseRequest, headers: Headers) -> Outlet:
+def outlet(
+    request: web.BaseRequest, headers: Headers, told: Callable[[Problem], Problem]
+) -> Outlet:
     """That of a request which aiohttp has read. Raises: ConnectionResetError."""
     transport = request.transport
     if transport is None:
@@ -77,4 +84,5 @@ def outlet(request: web.BaseRequest, headers: Headers) -> Outlet:
         modern=request.version >= HttpVersion11,
         keep_alive=request.keep_alive,
         headers=headers,
+        told=told,
     )

@@ -55,6 +55,8 @@ class Line:
     engine_key: Callable[[ModelId], str | None]
     noticed: Callable[[ModelId], Awaitable[None]]
     """Until the scheduler knows too that an engine is lost, or a while."""
+    told: Callable[[Refusal], Problem]
+    """What the client hears."""
     idle_s: float
 
 
@@ -207,7 +209,7 @@ class _Session:
                 async with lease:
                     return await self._converse(lease, first, inbox)
             except Refused as refused:
-                return _over(refused.refusal)
+                return self._over(refused.refusal)
             except aiohttp.WSServerHandshakeError as error:
                 text = f'the engine of "{model}" answered {error.status} to /v1/realtime'
                 return _Over(text, "engine_fault", WSCloseCode.POLICY_VIOLATION)
@@ -216,7 +218,7 @@ class _Session:
                 text = f'the engine of "{model}" cannot be reached ({why.lower()})'
             if not again:
                 await self._line.noticed(model)
-        return _over(Refusal(Reason.ENGINE_FAULT, text))
+        return self._over(Refusal(Reason.ENGINE_FAULT, text))
 
     async def _converse(self, lease: Lease, first: list[str], inbox: asyncio.Queue[str]) -> _Over:
         at = self._line.address(lease.model)
@@ -251,7 +253,7 @@ class _Session:
             for task in tasks:
                 task.cancel()
         if lease.cut.done():
-            return _over(lease.cut.result())
+            return self._over(lease.cut.result())
         return next(task.result() for task in tasks if not task.cancelled())
 
     async def _from_client(
@@ -278,9 +280,13 @@ class _Session:
                 await self._client.send_str(message.data)
         return self._lost()
 
+    def _over(self, refusal: Refusal) -> _Over:
+        problem = self._line.told(refusal)
+        return _Over(errors.text(problem), problem.code)
+
     def _lost(self) -> _Over:
         text = f'the engine of "{self._model}" closed the session'
-        return _over(Refusal(Reason.ENGINE_FAULT, text))
+        return self._over(Refusal(Reason.ENGINE_FAULT, text))
 
     # ------------------------------------------------------------ silence
 
@@ -318,11 +324,6 @@ class _Session:
             return _Over(f'"{self._model}" {self._leaves_for()}', "cut")
         text = f"nobody spoke for {self._line.idle_s:g} s"
         return _Over(text, "idle", WSCloseCode.GOING_AWAY)
-
-
-def _over(refusal: Refusal) -> _Over:
-    problem = errors.refused(refusal)
-    return _Over(errors.text(problem), problem.code)
 
 
 def _update(text: str) -> dict[str, object] | None:

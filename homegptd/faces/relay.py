@@ -34,6 +34,7 @@ from .accounts import Record
 from .ask import CLOSED, KEPT, Ask, Broken, Limits, Relayed
 from .cuts import ABORT, cut_at, reads_more
 from .early import Early
+from .errors import Problem
 from .outlet import Outlet
 from .upstream import Address, Connection, Head, Pool
 from .usage import MARK, without
@@ -365,17 +366,18 @@ class Answer:
         self._connection.discard()
         again = again and not self._begun and self._ask.replayable
         self.problem = Broken(refusal, begun=self._begun, again=again)
+        self.problem.problem = told = self._outlet.told(self.problem.problem)
         if self._begun:
-            self._end_honestly(refusal)
+            self._end_honestly(told)
         self._tell()  # last: who hears it may begin the next request over this connection
 
-    def _end_honestly(self, refusal: Refusal) -> None:
+    def _end_honestly(self, problem: Problem) -> None:
         client = self._client
         if client.is_closing():
             return
         if self._sse and not self._torn:
             self._pass_on_whole_events()
-            event = errors.frame(errors.refused(refusal), self._ask.shape)
+            event = errors.frame(problem, self._ask.shape)
             chunk = b"%x\r\n%s\r\n0\r\n\r\n" % (len(event), event)
             client.write(chunk if self._chunked else event)
             if self._chunked and not self._full and self.keep_alive and self.problem is not None:

@@ -27,7 +27,7 @@ from .accounts import Accounts, End, Record
 from .ask import CLOSED, KEPT, Ask, Broken, Limits, tell
 from .background import Background
 from .bodies import Bodies
-from .clients import asking
+from .clients import Client, asking
 from .early import Early, Pace, speaks
 from .errors import Denied
 from .express import Express
@@ -163,7 +163,7 @@ class Router:
         except Denied as denied:
             record.end, problem = End.REFUSED, denied.problem
         except Refused as refused:
-            record.end, problem = End.REFUSED, errors.refused(refused.refusal)
+            record.end, problem = End.REFUSED, self._models.told(errors.refused(refused.refusal))
         except Broken as broken:
             record.end = End.FAILED
             tell(broken)
@@ -182,6 +182,7 @@ class Router:
             self._addresses,
             self._engine_keys,
             partial(self._until_noticed, patience_s=self._settings.notice_death_s),
+            lambda refusal: self._models.told(errors.refused(refusal)),
             self._settings.realtime_idle_s,
         )
 
@@ -194,7 +195,7 @@ class Router:
         except Refused as refused:
             if not early.given:
                 raise
-            record.end, problem = End.REFUSED, errors.refused(refused.refusal)
+            record.end, problem = End.REFUSED, self._models.told(errors.refused(refused.refusal))
         except Broken as broken:
             if broken.begun or not early.given:
                 raise
@@ -318,7 +319,7 @@ class Router:
         self, request: web.BaseRequest, wanted: Wanted, record: Record, lease: Lease
     ) -> Coroutine[object, object, web.StreamResponse]:
         return relay(
-            outlet(request, asking().headers),
+            outlet(request, asking().headers, partial(self._models.told, client=asking())),
             self._with_its_key(wanted),
             lease=lease,
             pool=self.pool,
@@ -360,18 +361,22 @@ class Router:
     def _early(self, request: web.BaseRequest, route: Route, wanted: Wanted) -> Early | None:
         if wanted.unasked or not speaks(route.path):
             return None
-        model = wanted.model
+        model, client = wanted.model, asking()
         return Early(
             request,
             route.path,
             model,
             route.shape,
             pace=self._settings.pace,
-            outlook=lambda: self._outlook(model),
+            outlook=lambda: self._outlook(model, client),
             loop=self._scheduler.loop,
         )
 
-    def _outlook(self, model: ModelId) -> outlooks.Outlook:
+    def _outlook(self, model: ModelId, client: Client) -> outlooks.Outlook:
+        outlook = self._foreseen_for(model)
+        return replace(outlook, doing=self._models.shown(outlook.doing, client))
+
+    def _foreseen_for(self, model: ModelId) -> outlooks.Outlook:
         """Worked out for all who wait for the model, anew every second and with each change."""
         state, now = self._scheduler.state, self._scheduler.loop.time()
         foreseen = self._foreseen.get(model)

@@ -106,7 +106,7 @@ async def test_what_is_not_for_it_is_handed_over_whole(
 
 
 async def test_a_model_that_sleeps_is_woken_the_long_way(path: Path) -> None:
-    asleep = {"chat": Asleep(0.0, SleepLevel.ONE)}
+    asleep = {"chat": Asleep(SleepLevel.ONE, 0.0)}
     async with Engine(path, echo).running(), box.running({"chat": path}, phases=asleep) as b:
         client = await b.connect()
         assert (await client.ask(content=HELLO)).status == 200

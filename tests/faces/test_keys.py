@@ -10,13 +10,27 @@ from pathlib import Path
 import pytest
 
 from homegptd.config.keys import Key, digest
-from homegptd.core.model import Asleep, Down, SleepLevel
+from homegptd.core.model import Act, Asleep, Down, ModelId, SleepLevel
 from homegptd.faces.clients import Keyring
+from homegptd.faces.early import Pace
 from homegptd.faces.guard import Guard
 from homegptd.faces.routes import ROUTES, Route, Where
 
 from . import box
-from .box import CHAT, HELLO, Asked, Client, Engine, answer, in_turn, saying
+from .box import (
+    CHAT,
+    END,
+    HELLO,
+    SSE,
+    STREAM,
+    Asked,
+    Client,
+    Engine,
+    answer,
+    in_turn,
+    saying,
+    token,
+)
 
 SECRET = "hg-the-secret-of-somebody"
 TO_CODER = {"model_id": "coder"}
@@ -185,6 +199,57 @@ async def test_a_key_that_may_not_switch_wakes_nobody(two: dict[str, Path]) -> N
         assert b.hands.given == []
         assert (await b.ask(content=HELLO, more=bearer())).status == 200
         assert (await b.ask(content={"model": "coder"}, more=bearer("hg-other"))).status == 200
+
+
+async def test_an_answer_that_is_cut_names_no_model_that_is_not_there(tmp_path: Path) -> None:
+    async def begun(asked: Asked) -> None:
+        asked.writer.write(SSE + token("a"))
+        await asked.hung_up()
+
+    async with Engine(tmp_path / "chat", begun).running() as chat:
+        paths = {"chat": chat.path, "coder": tmp_path / "coder"}
+        keys = ring(key(models=frozenset({"chat"})), key("hg-all", "all"))
+        now = asyncio.get_running_loop().time()
+        phases = {"coder": Asleep(SleepLevel.ONE, now)}
+        async with box.running(paths, phases=phases, guard=keys, awake_mib=900_000) as b:  # type: ignore[arg-type]
+            clients = [await b.connect(), await b.connect()]
+            for client, secret in zip(clients, (SECRET, "hg-all"), strict=True):
+                client.send(content=STREAM, more=bearer(secret))
+            await b.until(lambda: len(chat.asked) == 2)
+            for client in clients:
+                await client.head()
+            b.scheduler.operate(Act.SWITCH, ModelId("coder"), by="a test", cut=True)
+            ends = [(await client.reader.readuntil(END)).decode() for client in clients]
+    assert ["coder" in end for end in ends] == [False, True]
+    assert "cut to make room for" in ends[0]
+    assert "another model" in ends[0]
+
+
+async def test_the_progress_of_a_wake_names_no_model_that_is_not_there(tmp_path: Path) -> None:
+    async def begun(asked: Asked) -> None:
+        asked.writer.write(SSE + token("a"))
+        await asked.hung_up()
+
+    async with Engine(tmp_path / "coder", begun).running() as coder:
+        paths = {"chat": tmp_path / "chat", "coder": coder.path}
+        keys = ring(key(models=frozenset({"chat"})), key("hg-all", "all"))
+        phases = {"chat": Asleep(SleepLevel.ONE, asyncio.get_running_loop().time())}
+        async with box.running(
+            paths, phases=phases, guard=keys, awake_mib=900_000, pace=Pace(early_head_s=0.01)
+        ) as b:  # type: ignore[arg-type]
+            busy, *clients = [await b.connect() for _ in range(3)]
+            busy.send(content=STREAM | {"model": "coder"}, more=bearer("hg-all"))
+            await busy.head()
+            for client, secret in zip(clients, (SECRET, "hg-all"), strict=True):
+                more = bearer(secret) + "X-HomeGPT-Client: open-webui\r\n"
+                client.send(content=STREAM, more=more)
+            told = [
+                (await client.reader.readuntil(b"Waiting for 1 answer of "))
+                and (await client.reader.readuntil(b"\n")).decode()
+                for client in clients
+            ]
+    assert told[0].startswith("another model")
+    assert told[1].startswith("coder")
 
 
 async def test_a_key_waits_no_longer_than_it_may(two: dict[str, Path]) -> None:
