@@ -55,8 +55,11 @@ class Front(Tells):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        tcp_keepalive(cast("asyncio.Transport", transport))
-        self._server.front_made(self, cast("asyncio.Transport", transport))
+        made = cast("asyncio.Transport", transport)
+        tcp_keepalive(made)
+        # uvloop else keeps what is written until all has been read that came in the same turn
+        made.set_write_buffer_limits(high=0)
+        self._server.front_made(self, made)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         super().connection_lost(exc)

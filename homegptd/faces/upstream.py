@@ -154,6 +154,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=0)  # write at once, as to clients
 
     def data_received(self, data: bytes) -> None:
         sink = self._sink

@@ -57,6 +57,11 @@ async def settled(b: Box, requests: int) -> None:
     assert b.door.express.bodies.held == b.door.express.bodies.held_in_memory == 0
 
 
+def cut(b: Box) -> None:
+    for lease in list(b.scheduler._leases.values()):
+        lease.cut.set_result(Refusal(Reason.CUT, "for a test", retry_after_s=0.1))
+
+
 # ---------------------------------------------------------------- who goes it
 
 
@@ -318,9 +323,7 @@ async def test_an_operator_may_cut_it(path: Path, *, begun: bool) -> None:
         await b.until(lambda: len(engine.asked) == 1)
         if begun:
             await client.reader.readexactly(1 << 20)
-        refusal = Refusal(Reason.CUT, "for a test", retry_after_s=0.1)
-        for lease in list(b.scheduler._leases.values()):
-            lease.cut.set_result(refusal)
+        cut(b)
         if begun:
             with pytest.raises(asyncio.IncompleteReadError):
                 await client.reader.readexactly(1 << 20)
@@ -404,38 +407,20 @@ async def test_a_defect_on_the_short_way_holds_nothing(path: Path) -> None:
         await settled(b, 1)
 
 
-async def test_an_answer_that_nobody_can_get_any_more_is_in_the_books(path: Path) -> None:
-    """The client ended its side with an answer unread, and the engine is lost over the next."""
-    break_now = asyncio.Event()
+async def test_what_is_cut_when_its_client_has_just_left_is_in_the_books(path: Path) -> None:
+    async def never(asked: Asked) -> None:
+        await asked.hung_up()
 
-    async def script(asked: Asked) -> None:
-        if asked.number == 1:
-            asked.writer.write(answer({"x": "z" * 60_000}))
-            return
-        await break_now.wait()
-        asked.writer.transport.abort()
-
-    async with Engine(path, script).running() as engine, box.running({"chat": path}) as b:
-        with socket.socket() as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-            client.setblocking(False)
-            loop = asyncio.get_running_loop()
-            await loop.sock_connect(client, (b.host, b.port))
-            await b.until(lambda: b.fronts() == 1)
-            [connection] = b.server.connections
-            assert connection.transport is not None
-            sock = connection.transport.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
-            await loop.sock_sendall(client, HEAD + BODY)
-            await b.until(lambda: len(engine.asked) == 1 and b.leases() == 0)
-            await loop.sock_sendall(client, HEAD + BODY)
-            await b.until(lambda: len(engine.asked) == 2)
-            client.shutdown(socket.SHUT_WR)
-            transport = connection.transport
-            await b.until(transport.is_closing)
-            break_now.set()
-            await b.until(lambda: b.leases() == 0)
-        await settled(b, 2)
+    async with Engine(path, never).running() as engine, box.running({"chat": path}) as b:
+        client = await b.connect()
+        client.send(content=HELLO)
+        await b.until(lambda: len(engine.asked) == 1)
+        [connection] = b.server.connections
+        assert connection.transport is not None
+        cut(b)
+        connection.transport.abort()  # heard of in the next turn of the loop, as the cut is
+        await settled(b, 1)
+        assert b.accounts.snapshot()[0].aborted == 1
 
 
 # ---------------------------------------------------------------- keys

@@ -31,6 +31,8 @@ class Transport:
 
     def write(self, data: bytes) -> None: ...
 
+    def set_write_buffer_limits(self, high: int) -> None: ...
+
     def abort(self) -> None:
         self.closed = True
 
