@@ -27,6 +27,7 @@ from .box import (
     Asked,
     Box,
     Engine,
+    Script,
     answer,
     dying_after,
     in_turn,
@@ -48,6 +49,18 @@ def path(tmp_path: Path) -> Path:
 
 async def echo(asked: Asked) -> None:
     asked.writer.write(answer({"number": asked.number, "body": asked.json}))
+
+
+def echo_after(go: asyncio.Event) -> Script:
+    async def script(asked: Asked) -> None:
+        await go.wait()
+        await echo(asked)
+
+    return script
+
+
+async def never(asked: Asked) -> None:
+    await asked.hung_up()
 
 
 async def settled(b: Box, requests: int) -> None:
@@ -155,12 +168,7 @@ async def test_a_request_may_come_in_two_packets(path: Path, at: int) -> None:
 
 async def test_requests_that_come_before_the_answer_follow_it(path: Path) -> None:
     go = asyncio.Event()
-
-    async def slow(asked: Asked) -> None:
-        await go.wait()
-        await echo(asked)
-
-    async with Engine(path, slow).running() as engine, box.running({"chat": path}) as b:
+    async with Engine(path, echo_after(go)).running() as engine, box.running({"chat": path}) as b:
         client = await b.connect()
         client.writer.write(HEAD + BODY)
         await b.until(lambda: len(engine.asked) == 1)
@@ -177,13 +185,8 @@ async def test_requests_that_come_before_the_answer_follow_it(path: Path) -> Non
 
 async def test_who_asks_without_end_is_not_read_without_end(path: Path) -> None:
     go = asyncio.Event()
-
-    async def slow(asked: Asked) -> None:
-        await go.wait()
-        await echo(asked)
-
     count = 20_000
-    async with Engine(path, slow).running() as engine, box.running({"chat": path}) as b:
+    async with Engine(path, echo_after(go)).running() as engine, box.running({"chat": path}) as b:
         client = await b.connect()
         client.writer.write(HEAD + BODY)
         await b.until(lambda: len(engine.asked) == 1)
@@ -408,9 +411,6 @@ async def test_a_defect_on_the_short_way_holds_nothing(path: Path) -> None:
 
 
 async def test_what_is_cut_when_its_client_has_just_left_is_in_the_books(path: Path) -> None:
-    async def never(asked: Asked) -> None:
-        await asked.hung_up()
-
     async with Engine(path, never).running() as engine, box.running({"chat": path}) as b:
         client = await b.connect()
         client.send(content=HELLO)
@@ -470,12 +470,7 @@ async def test_what_a_key_may_holds_here_too(
 
 async def test_an_answer_under_way_ends_before_the_server(path: Path) -> None:
     go = asyncio.Event()
-
-    async def slow(asked: Asked) -> None:
-        await go.wait()
-        await echo(asked)
-
-    async with Engine(path, slow).running() as engine, box.running({"chat": path}) as b:
+    async with Engine(path, echo_after(go)).running() as engine, box.running({"chat": path}) as b:
         client, idle = await b.connect(), await b.connect()
         client.send(content=HELLO)
         await b.until(lambda: len(engine.asked) == 1)
@@ -490,9 +485,6 @@ async def test_an_answer_under_way_ends_before_the_server(path: Path) -> None:
 
 
 async def test_an_answer_that_does_not_end_is_cut_with_the_server(path: Path) -> None:
-    async def never(asked: Asked) -> None:
-        await asked.hung_up()
-
     async with Engine(path, never).running() as engine, box.running({"chat": path}) as b:
         client = await b.connect()
         client.send(content=HELLO)
@@ -538,12 +530,7 @@ async def test_nobody_is_silent_for_ever(
 
 async def test_the_time_of_an_answer_is_no_silence(path: Path) -> None:
     go = asyncio.Event()
-
-    async def slow(asked: Asked) -> None:
-        await go.wait()
-        await echo(asked)
-
-    async with Engine(path, slow).running() as engine, box.running({"chat": path}) as b:
+    async with Engine(path, echo_after(go)).running() as engine, box.running({"chat": path}) as b:
         client = await b.connect()
         client.send(content=HELLO)
         await b.until(lambda: len(engine.asked) == 1)
