@@ -67,11 +67,18 @@ def _brought_up(asked: Asked, model: str, mode: str) -> int:
     from . import acts
     from .client import ask
 
-    views = ask(asked.socket, "status")["models"]
-    down = any(view["id"] == model and view["phase"] == "down" for view in views)
-    # a start of what is starting is done at once, so what is to come after it is asked for
-    asked.verb = "start" if down else "wake" if mode == "active" else "sleep"
+    def phase() -> str:
+        views = ask(asked.socket, "status")["models"]
+        return next((str(view["phase"]) for view in views if view["id"] == model), "down")
+
     asked.words = [model]
+    if phase() == "down":
+        asked.verb = "start"
+        code = acts.run(asked)
+        if code or phase() in ("asleep", "awake"):
+            return code
+    # a start of what is starting is done at once, so what is to come after it is asked for
+    asked.verb = "wake" if mode == "active" else "sleep"
     return acts.run(asked)
 
 
