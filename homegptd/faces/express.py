@@ -1,9 +1,10 @@
 """The short way of a small request whose model is awake and wanted by nobody else.
 
-Nothing is waited for, so there is no task, no turn of the event loop, and nothing of aiohttp's.
-What this is not made for goes the long way (`router`) untouched: a stream, a body that has to be
-changed, a name that the engine does not know, a model that sleeps. So does what could be answered
-only with an error, and what comes to nothing before its first byte: it is held to be sent again.
+No task, no turn of the event loop, nothing of aiohttp's: nothing is waited for, unless a connection
+to the engine has to be made first. What this is not made for goes the long way (`router`) as it
+came: a stream, a body that has to be changed, a name that the engine does not know, a model that
+sleeps. So does what could be answered only with an error, and what comes to nothing before its
+first byte: it is held to be sent again.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class Front(Tells):
         head, transport = plain.read(self.held), self.transport
         if head is None or transport is None:
             return None, None
-        self._server.front_heard(self)
+        self._server.heard_of(self)
         self._head, self._known = head, self._express.know(head, self, transport)
         return self._known, head.split(self.held)
 

@@ -82,7 +82,7 @@ class Server(web.Server):
 
     def _heard(self, request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
         connection = cast("Connection", request.protocol)
-        self.front_heard(connection)
+        self.heard_of(connection)
         connection.already, connection.broken = connection.broken, None
         return self._answer(request)
 
@@ -90,7 +90,7 @@ class Server(web.Server):
         self._let_in(cast("RequestHandler", front), transport)
         self._ticks.join(front, self._tick_s)
 
-    def front_heard(self, front: Front | RequestHandler) -> None:
+    def heard_of(self, front: Front | RequestHandler) -> None:
         self._silent.pop(front, None)
 
     def front_lost(self, front: Front) -> None:
