@@ -40,6 +40,7 @@ _TEXT = {
         "index": 0, "text": " blue", "message": {"role": "assistant", "content": "x" * 200},
         "finish_reason": "stop",
     }],
+    "usage": {"prompt_tokens": 32, "total_tokens": 40, "completion_tokens": 8},
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from time import monotonic
 
 from homegptd.core.model import ModelId, State, TicketId
 
-from .usage import MARK, tokens
+from .usage import MARK, Tokens, counts
 
 BOUNDS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0)
 """Upper bounds of the classes of a `Spread`, in seconds; one more class holds the rest."""
@@ -79,6 +79,12 @@ class Account:
     first_token: Spread = field(default_factory=Spread)
     """Of streams: from the request's arrival to the first event for its client."""
 
+    def count(self, tokens: Tokens, *, answered: bool) -> None:
+        read, written = tokens
+        self.tokens_read += read or 0
+        self.tokens_written += written or 0
+        self.uncounted += answered and read is None and written is None
+
 
 class Record:
     """One request on its way."""
@@ -117,14 +123,9 @@ class Record:
         if MARK in data:
             self._first, self._last = self._first or data, data
 
-    def tokens(self) -> tuple[int | None, int | None]:
-        """Read and written, as far as the answer said so."""
-        if not self._last:
-            return None, None
-        last = tokens(self._last)
-        if last.read is None:
-            return tokens(self._first, first=True).read, last.written
-        return last
+    def tokens(self) -> Tokens:
+        """As far as the answer said so."""
+        return counts(self._first, self._last)
 
 
 class Accounts:
@@ -162,10 +163,15 @@ class Accounts:
         if self._frozen and not self._frozen.isdisjoint(record.tickets):
             account.frozen += 1
             self._frozen.difference_update(record.tickets)
-        read, written = record.tokens()
-        account.tokens_read += read or 0
-        account.tokens_written += written or 0
-        account.uncounted += record.end is End.ANSWERED and read is None and written is None
+        account.count(record.tokens(), answered=record.end is End.ANSWERED)
+
+    def close_at_once(self, model: ModelId, key: str, data: bytes) -> None:
+        """Add a request that did not wait, and whose answer came in one piece."""
+        account = self._account(model, key)
+        account.requests += 1
+        account.answered += 1
+        account.waited.counts[0] += 1
+        account.count(counts(data, data), answered=True)
 
     def snapshot(self) -> tuple[Account, ...]:
         """Copies, in the order in which they were first needed."""

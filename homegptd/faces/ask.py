@@ -16,6 +16,8 @@ from .errors import Shape
 
 log = logging.getLogger(__name__)
 
+_TICK_S = 5.0
+
 
 class Limits(Struct, frozen=True):
     """Seconds. They do not run while the answer is frozen."""
@@ -26,6 +28,12 @@ class Limits(Struct, frozen=True):
     """How long a client may take none of what waits for it."""
     linger_s: float = 10.0
     """How long a client that reads slowly gets to read the end of an answer that failed."""
+
+    @property
+    def tick_s(self) -> float:
+        """From one look at whether an answer goes on to the next, and so from one comment to the
+        next. No limit is overrun by more than an eighth of it."""
+        return min(self.first_byte_s / 8, self.between_bytes_s / 8, self.client_s / 8, _TICK_S)
 
 
 class Ask(Struct, frozen=True):
@@ -44,10 +52,15 @@ class Ask(Struct, frozen=True):
     """Whether sending it twice does no harm. Otherwise it is sent once, on a new connection."""
 
     def head(self) -> bytes:
-        line = f"{self.method} {self.path} HTTP/1.1\r\nHost: engine\r\n".encode()
         if self.method == "GET":
-            return b"%s%s\r\n" % (line, self.headers)
-        return b"%s%sContent-Length: %d\r\n\r\n" % (line, self.headers, len(self.body))
+            return self.begin() + b"\r\n"
+        return b"%sContent-Length: %d\r\n\r\n" % (self.begin(), len(self.body))
+
+    def begin(self) -> bytes:
+        """The head but for the length."""
+        return b"%s %s HTTP/1.1\r\nHost: engine\r\n%s" % (
+            self.method.encode(), self.path.encode(), self.headers
+        )  # fmt: skip
 
 
 class Broken(Exception):

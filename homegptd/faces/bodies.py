@@ -146,16 +146,17 @@ class Bodies:
         """`with bodies.hold() as hold`: room for one body, given back at the end of the block."""
         return Hold(self)
 
-    def fits(self, more: int) -> bool:
-        """Whether there is room for a small body beside all others."""
-        return self.held + more <= self.most and self.held_in_memory + more <= self.in_memory
-
-    def take(self, size: int) -> None:
-        self.held += size
-        self.held_in_memory += size
+    def take(self, size: int) -> bool:
+        """Whether there is room for a small body beside all others. Then it is to be given back."""
+        held, in_memory = self.held + size, self.held_in_memory + size
+        if held > self.most or in_memory > self.in_memory:
+            return False
+        self.held, self.held_in_memory = held, in_memory
+        return True
 
     def give_back(self, size: int) -> None:
-        self.take(-size)
+        self.held -= size
+        self.held_in_memory -= size
 
     def full(self, text: str) -> Denied:
         refusal = Refusal(Reason.QUEUE_FULL, text, retry_after_s=self.again_s())

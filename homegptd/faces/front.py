@@ -14,7 +14,8 @@ from aiohttp.tcp_helpers import tcp_keepalive
 
 from . import plain
 from .ask import Broken
-from .express import Exchange, Express, Known
+from .exchange import Exchange
+from .express import Express, Known
 from .outlet import Tells
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ class Front(Tells):
     def __init__(self, server: Server, express: Express, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop)
         self._server, self._express = server, express
-        self._head: plain.Head | None = None
         self._known: Known | None = None
         self._exchange: Exchange | None = None
         self.held = b""
@@ -81,37 +81,38 @@ class Front(Tells):
 
     def _look(self) -> None:
         """Begin what has come, if it goes the short way and is there as a whole."""
-        head, known = self._head, self._known
-        split = head.split(self.held) if head is not None else None
-        if split is None or known is None or not self._express.holds(known):
-            known, split = self._new_head()
+        held, known, split = self.held, self._known, None
+        if known is not None and known.guard is self._express.guard:
+            split = known.head.split(held)
+        if split is None:
+            known = self._new_head()
+            split = known.head.split(held) if known is not None else None
         if split is None or known is None or self.writing_paused:
             self._hand_over()
             return
-        size, body = split
-        if len(body) < size <= self._express.largest:
+        size, start = split
+        missing = start + size - len(held)
+        if missing > 0 and size <= self._express.largest:
             return  # until the rest of it comes, or `tick`
-        exchange = self._taken(known, body) if len(body) == size else None
+        exchange = None
+        if not missing:
+            try:
+                exchange = self._express.take(known, held[start:])
+            except Exception:
+                log.exception("%s failed on the short way", known.route.path)
         if exchange is None:
             self._hand_over()
             return
-        self._exchange, self._asked = exchange, len(self.held)
+        self._exchange, self._asked = exchange, len(held)
         exchange.begin(self._ended)
 
-    def _new_head(self) -> tuple[Known | None, tuple[int, bytes] | None]:
+    def _new_head(self) -> Known | None:
         head, transport = plain.read(self.held), self.transport
         if head is None or transport is None:
-            return None, None
-        self._server.heard_of(self)
-        self._head, self._known = head, self._express.know(head, self, transport)
-        return self._known, head.split(self.held)
-
-    def _taken(self, known: Known, body: bytes) -> Exchange | None:
-        try:
-            return self._express.take(known, body)
-        except Exception:
-            log.exception("%s failed on the short way", known.route.path)
             return None
+        self._server.heard_of(self)
+        self._known = self._express.know(head, self, transport)
+        return self._known
 
     def _ended(self) -> None:
         exchange, self._exchange = self._exchange, None
@@ -119,18 +120,20 @@ class Front(Tells):
         if exchange is None:
             return
         gone = self.transport is None or self.transport.is_closing()
-        if exchange.to_be_sent_again and not gone:
+        again = exchange.to_be_sent_again
+        if again and not gone:
             exchange.release()
             self._hand_over(exchange.problem)
         else:
-            exchange.end(answered=not exchange.to_be_sent_again)
+            exchange.end(answered=not again)
             self.held = self.held[self._asked :]
             if self._closing or not exchange.keep_alive:
                 self._close()
             elif self.held and not gone:
                 self._read(go_on=True)
                 self._look()
-        self._tell_idle()
+        if self._idle is not None:
+            self._tell_idle()
 
     def _read(self, *, go_on: bool) -> None:
         transport = self.transport
@@ -158,7 +161,7 @@ class Front(Tells):
 
     def _forget(self) -> None:
         self._server.front_lost(self)
-        self._head = self._known = None  # which knows this connection
+        self._known = None  # which knows this connection
 
     def tick(self) -> None:
         """Nobody is silent for long: neither between two requests, nor within one."""

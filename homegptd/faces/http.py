@@ -60,8 +60,7 @@ class Door:
     """Every path there is."""
 
     def __init__(self, guard: Guard, router: Router) -> None:
-        self.guard = guard
-        self.express = router.express(lambda: self.guard)
+        self.express = router.express(guard)
         self._router = router
         self._paths: dict[str, Path] = {}
 
@@ -73,6 +72,15 @@ class Door:
         if path in self._paths:
             raise ValueError(f"{path} is there already")
         self._paths[path] = entry
+
+    @property
+    def guard(self) -> Guard:
+        """Who lets requests in; a reload puts another one here."""
+        return self.express.guard
+
+    @guard.setter
+    def guard(self, guard: Guard) -> None:
+        self.express.guard = guard
 
     @property
     def paths(self) -> Mapping[str, Path]:

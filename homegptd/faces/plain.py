@@ -11,13 +11,13 @@ import re
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from .heads import LENGTH, Frame
+
 LARGEST_HEAD = 8000
 """Bytes; aiohttp takes as many for a single line."""
 _FIELD = r"[A-Za-z0-9-]+: [!-~](?:[ -~]*[!-~])?\r\n"
 _HEAD = re.compile(rf"POST (/[A-Za-z0-9_/.-]*) HTTP/1\.1\r\n((?:{_FIELD})+)\r\n")
 _PAIRS = re.compile(r"([^:]+): ([^\r]+)\r\n")
-_LENGTH = re.compile(rb"\r\ncontent-length: ([0-9]+)\r\n", re.IGNORECASE)
-_MOST_DIGITS = 7
 _MOST_FIELDS = 100
 """aiohttp takes 128."""
 _KEPT = {"connection": "keep-alive"}
@@ -29,36 +29,22 @@ _SPECIAL = frozenset(
 """What may change how a message is read, or what becomes of its connection."""
 
 
-class Head:
-    """A plain head, whatever the length of the body that it announces.
+class Head(Frame):
+    """That of a request."""
 
-    Clients send the same one again and again over a connection, so it is looked at once.
-    """
-
-    __slots__ = ("_after", "_before", "headers", "path")
+    __slots__ = ("headers", "path")
 
     def __init__(
-        self, path: str, headers: CIMultiDictProxy[str], before: bytes, after: bytes
+        self, path: str, headers: CIMultiDictProxy[str], head: bytes, length: re.Match[bytes]
     ) -> None:
+        super().__init__(head, length)
         self.path, self.headers = path, headers
-        self._before, self._after = before, after  # all of it but the digits of the length
-
-    def split(self, data: bytes) -> tuple[int, bytes] | None:
-        """How many bytes the body is to have and what is there of it, if data has this head."""
-        if not data.startswith(self._before):
-            return None
-        start = len(self._before)
-        end = data.find(b"\r", start, start + _MOST_DIGITS + 1)
-        if end < 0 or not data.startswith(self._after, end):
-            return None
-        digits = data[start:end]
-        return (int(digits), data[end + len(self._after) :]) if digits.isdigit() else None
 
 
 def read(data: bytes) -> Head | None:
     """The plain head with which data begins."""
     end = data.find(b"\r\n\r\n", 0, LARGEST_HEAD) + 4
-    length = _LENGTH.search(data, 0, end) if end > 4 else None
+    length = LENGTH.search(data, 0, end) if end > 4 else None
     if length is None:
         return None
     try:
@@ -76,4 +62,4 @@ def read(data: bytes) -> Head | None:
     if "host" not in by_name or len(pairs) > _MOST_FIELDS:
         return None
     headers = CIMultiDictProxy(CIMultiDict(pairs))
-    return Head(path, headers, data[: length.start(1)], data[length.end(1) : end])
+    return Head(path, headers, data[:end], length)

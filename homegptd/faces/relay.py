@@ -35,18 +35,13 @@ from .ask import CLOSED, KEPT, Ask, Broken, Limits, Relayed
 from .cuts import ABORT, cut_at, reads_more
 from .early import Early
 from .errors import Problem
+from .heads import HOP_BY_HOP, Head
 from .outlet import Outlet
-from .upstream import Address, Connection, Head, Pool
+from .upstream import Address, Connection, Pool
 from .usage import MARK, without
 
 _HOLD_CHUNK = 64 * 1024
 _HOLD_ANSWER = 1 << 20
-LOOK_S = 5.0
-"""Between two looks at whether an answer goes on, in seconds, and so between two comments."""
-_HOP_BY_HOP = frozenset(
-    [b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-connection", b"te", b"trailer",
-     b"transfer-encoding", b"upgrade"]
-)  # fmt: skip
 _ERROR_EVENT = b'data: {"error"'
 _DEATH = re.compile(rb"EngineCore encountered|EngineDeadError|new futures after shutdown")
 """What a vLLM with a dead or stopping engine core says (seen on 0.32)."""
@@ -140,20 +135,24 @@ class Answer:
         self._hold = _HOLD_ANSWER
         self._begun = self._over = self._plain = self._spoiled = self._torn = False
         self._full = self._heard = False
-        self._tick_s = min(limits.first_byte_s / 8, limits.between_bytes_s / 8,
-                           limits.client_s / 8, LOOK_S)  # fmt: skip
+        self._tick_s = limits.tick_s
         self._idle_s = -self._tick_s  # the first tick may come at once
 
     def begin(self, tell: Callable[[], None]) -> None:
         """Ask. `tell` is called once, when the answer has ended one way or the other."""
+        self.take_over(tell)
+        self._connection.send(self, self._ask.head(), self._ask.body)
+
+    def take_over(self, tell: Callable[[], None], waited_s: float = 0.0) -> None:
+        """`begin` for what has been asked so long ago, and has not been answered."""
         self._tell = tell
+        self._idle_s += waited_s
         protocol = self._outlet.protocol
         protocol.flow = self
         if protocol.writing_paused:
             self.on_full()
         self._lease.cut.add_done_callback(self._on_cut)
         self._ticks.join(self, self._tick_s)
-        self._connection.send(self, self._ask.head(), self._ask.body)
 
     def leave(self) -> None:
         """Let go of everything, at the end or before: then the engine hears that nobody waits."""
@@ -191,7 +190,7 @@ class Answer:
     def _client_head(self, head: Head) -> bytes:
         version = b"1.1" if self._outlet.modern else b"1.0"
         lines = [b"HTTP/%s %d %s" % (version, head.status, head.reason)]
-        lines += [b"%s: %s" % each for each in head.headers if each[0].lower() not in _HOP_BY_HOP]
+        lines += [b"%s: %s" % each for each in head.headers if each[0].lower() not in HOP_BY_HOP]
         if self._outlet.headers:
             lines += [b"%s: %s" % (k.encode(), v.encode()) for k, v in self._outlet.headers]
         if self._chunked:

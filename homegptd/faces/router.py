@@ -120,7 +120,7 @@ class Router:
         settings.bodies.again_s = self._room_s
         self._foreseen: dict[ModelId, tuple[State, float, outlooks.Outlook]] = {}
 
-    def express(self, guard: Callable[[], Guard]) -> Express:
+    def express(self, guard: Guard) -> Express:
         """The short way beside this one."""
         settings = self._settings
         return Express(

@@ -19,11 +19,6 @@ class Ticks:
         self._counting: dict[float, set[Counts]] = {}
         """By the length of their steps in seconds; each length here has a timer that runs."""
 
-    @property
-    def run(self) -> bool:
-        """Whether any timer does."""
-        return bool(self._counting)
-
     def join(self, who: Counts, every_s: float) -> None:
         """Call `who.tick()` that often, the first time after anything up to `every_s`."""
         counting = self._counting.get(every_s)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Protocol, TypeAlias, cast
 
 import httptools
-from msgspec import Struct
 
 from .bodies import Body, Spooled
+from .heads import Frame, Head, framed
 from .ticks import Ticks
 
 Address: TypeAlias = str | tuple[str, int]
@@ -27,18 +27,8 @@ CONNECT_S = 5.0
 MAX_HEAD = 64 * 1024
 _IDLE_PER_ENGINE = 64
 _ONE_WRITE = 64 * 1024
-
-
-class Head(Struct, frozen=True):
-    """The head of an answer. `length` is None where the answer is chunked, or says nothing."""
-
-    status: int
-    reason: bytes
-    headers: list[tuple[bytes, bytes]]
-    chunked: bool
-    length: int | None
-    kind: bytes
-    """The content type; empty if there is none."""
+_LARGEST_WHOLE = 64 * 1024
+"""Bytes of an answer that is handed on as a whole."""
 
 
 class Sink(Protocol):
@@ -48,6 +38,12 @@ class Sink(Protocol):
     def on_body(self, data: bytes) -> None: ...
     def on_end(self) -> None: ...
     def on_lost(self, why: str) -> None: ...
+
+
+Whole: TypeAlias = Callable[[bytes, int], bool]
+"""Gets a whole answer of JSON, head and body, and where its body starts. Its status is 200, and
+nothing in its head is for this connection alone. Whether it wants no more of it; else the sink gets
+it piece by piece."""
 
 
 class Connection(asyncio.Protocol):
@@ -68,10 +64,12 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._unsent: Iterator[bytes] | None = None
         self._choked = False
+        self._frame: Frame | None = None  # of an answer as most are
+        self._whole: Whole | None = None
         self._forget()
 
     def _forget(self) -> None:
-        self._raw = b""  # the head as far as it has come
+        self._raw = b""  # what the parser has not seen of an answer, then its head until that ends
         self._headers: list[tuple[bytes, bytes]] = []
         self._reason = b""
         self._headed = self._told = False
@@ -81,9 +79,13 @@ class Connection(asyncio.Protocol):
 
     # ------------------------------------------------------------ for the relay
 
-    def send(self, sink: Sink, head: bytes, body: Body) -> None:
-        """Ask; the sink gets what comes back, perhaps before the whole body is out."""
+    def send(self, sink: Sink, head: bytes, body: Body, whole: Whole | None = None) -> None:
+        """Ask; the sink gets what comes back, perhaps before the whole body is out.
+
+        `whole` gets it first where all is there at once, it is small, and its head is as before.
+        """
         self._forget()
+        self._whole = whole if self._frame is not None else None
         self.silent, self.complete, self._sink = True, False, sink
         transport = self._transport
         if transport is None or transport.is_closing():
@@ -164,6 +166,11 @@ class Connection(asyncio.Protocol):
         if self.between and data.startswith(_size_line(len(data))) and data.endswith(b"\r\n"):
             sink.on_body(data)  # one whole chunk: the parser need not see it
             return
+        if self._whole is not None:
+            data = self._raw + data
+            if self._is_taken(data, self._whole):
+                return
+            self._raw, self._whole = b"", None
         self.silent = False
         try:
             self._parser.feed_data(data)
@@ -181,6 +188,20 @@ class Connection(asyncio.Protocol):
         self.between = self._chunked and self._is_between(data)
         self._hand_over(data, sink)
 
+    def _is_taken(self, data: bytes, whole: Whole) -> bool:
+        """Whether the parser need not see it. What may become whole yet waits for its rest."""
+        split = self._frame.split(data) if self._frame is not None else None
+        if split is None:
+            return False
+        length, start = split
+        missing = start + length - len(data)
+        self.silent = False
+        if missing > 0 and length <= _LARGEST_WHOLE:
+            self._raw = data
+            return True
+        self.complete = self._reusable = missing == 0
+        return self.complete and whole(data, start)
+
     def _is_between(self, data: bytes) -> bool:
         return not (self._in_chunk or self.complete) and data.endswith(b"\n")
 
@@ -196,9 +217,12 @@ class Connection(asyncio.Protocol):
         if end < 0:
             self._break("sent a head that ends in bare line feeds")
             return None
-        rest, self._raw, self._told = self._raw[end + 4 :], b"", True
+        raw, rest = self._raw[: end + 4], self._raw[end + 4 :]
+        self._raw, self._told = b"", True
         head = self._head()
         self._chunked = head.chunked
+        if head.length is not None:
+            self._frame = framed(raw, head)
         sink.on_head(head)
         return rest
 

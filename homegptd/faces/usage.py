@@ -28,11 +28,14 @@ class Tokens(NamedTuple):
     written: int | None = None
 
 
+_NONE = Tokens()
+
+
 def tokens(data: bytes, *, first: bool = False) -> Tokens:
     """What a piece of an answer says, at its last mark or its first."""
     at = data.find(MARK) if first else data.rfind(MARK)
     if at < 0:
-        return Tokens()
+        return _NONE
     read = written = None
     for kind, digits in _COUNT.findall(data[at : at + _WINDOW]):
         if kind in (b"prompt", b"input"):
@@ -40,6 +43,14 @@ def tokens(data: bytes, *, first: bool = False) -> Tokens:
         else:
             written = int(digits)
     return Tokens(read, written)
+
+
+def counts(first: bytes, last: bytes) -> Tokens:
+    """What an answer says in its first piece with a mark and in its last one."""
+    found = tokens(last)
+    if found is _NONE or found.read is not None:
+        return found
+    return tokens(first, first=True)._replace(written=found.written)
 
 
 def asked_for(body: Body) -> bytes | None:

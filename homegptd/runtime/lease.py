@@ -22,24 +22,28 @@ class Refused(Exception):
 
 
 class Lease:
-    """A granted ticket: holds its engine awake until the block ends.
+    """A granted ticket: holds its engine awake until the block ends."""
 
-    `cut` is done when the answer has to end now, with the refusal to tell the client.
-    """
-
-    __slots__ = ("_answer", "_outcome", "_scheduler", "_served", "cut", "ticket")
+    __slots__ = ("_answer", "_cut", "_outcome", "_scheduler", "_served", "ticket")
 
     def __init__(self, scheduler: Scheduler, ticket: Ticket) -> None:
         self._scheduler = scheduler
         self._answer: asyncio.Future[None] | None = None
         self._outcome: Refusal | bool = False  # True: granted
         self._served = False
-        self.cut: asyncio.Future[Refusal] = scheduler.loop.create_future()
+        self._cut: asyncio.Future[Refusal] | None = None
         self.ticket = ticket
 
     @property
     def model(self) -> ModelId:
         return self.ticket.model
+
+    @property
+    def cut(self) -> asyncio.Future[Refusal]:
+        """Done when the answer has to end now, with the refusal to tell the client."""
+        if self._cut is None:
+            self._cut = self._scheduler.loop.create_future()
+        return self._cut
 
     @property
     def frozen(self) -> bool:

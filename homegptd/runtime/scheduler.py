@@ -36,10 +36,11 @@ from homegptd.core.model import (
     Ticket,
     TicketId,
 )
-from homegptd.core.quick import quick, serves
+from homegptd.core.quick import LOOK_AGAIN_S, quick, serves
 from homegptd.core.refusals import Reason, Refusal
 from homegptd.core.story import Line, tell
 
+from .brief import Brief
 from .lease import Lease
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ class Scheduler:
         self._group: asyncio.TaskGroup | None = None
         self._broken: asyncio.Future[None] = self.loop.create_future()
         self._leases: dict[TicketId, Lease] = {}
+        """Those that the core knows of."""
+        self._brief = Brief()
         self._tickets = itertools.count(1)
         self._operations = itertools.count(1)
         self._ended: dict[OperationId, Ended] = {}
@@ -85,6 +88,8 @@ class Scheduler:
     @property
     def state(self) -> State:
         """The newest snapshot; never changes under the reader."""
+        if self._brief.serving:
+            self._tell_core()
         return self._state
 
     @asynccontextmanager
@@ -138,6 +143,8 @@ class Scheduler:
             self._stepping = False
 
     def _take(self, event: Event) -> None:
+        if self._brief.serving:
+            self._tell_core()
         before, now, rings_at = self._state, self.loop.time(), self._rings_at
         short = quick(before, event, now, calm=self._calm)
         outcome = short or step(before, event, now)
@@ -154,6 +161,18 @@ class Scheduler:
             lines = tell(before, event, outcome, now)
             if lines:
                 self._publish(lines)
+
+    def _tell_core(self) -> None:
+        """What has been brief until now. It has changed nothing, so all of it is still quick."""
+        events, running = self._brief.take()
+        for at, event in events:
+            outcome = quick(self._state, event, at, calm=True)
+            if outcome is None:
+                raise AssertionError(f"{event} came to a model that does not serve")
+            self._state = outcome.state
+        for lease, noticed in running:
+            self._leases[lease.ticket.id] = lease
+            noticed()
 
     def _rearm(self, at: float | None) -> None:
         """The instant is kept here: uvloop's handle of a timer that is all but due knows none."""
@@ -217,15 +236,24 @@ class Scheduler:
         )
         return Lease(self, ticket)
 
-    def lease_at_once(self, model: ModelId) -> Lease | None:
+    def lease_at_once(self, model: ModelId, noticed: Callable[[], None]) -> Lease | None:
         """A lease that is granted already, for what is no stream; to be closed.
 
-        None where the model does not serve, or where somebody wants something else of the box.
+        It is brief: nothing can cut it, and it counts nowhere, until `noticed` is called. None
+        where the model does not serve, or where somebody wants something else of the box.
         """
-        if self._stepping or not serves(self._state, model, calm=self._calm):
+        brief = self._brief
+        if self._stepping or self._emptied is not None:
             return None
-        lease = self.lease(model, freezable=False)
-        self.open(lease)
+        if model not in brief.serving:
+            if not serves(self._state, model, calm=self._calm):
+                return None
+            self._calm = True
+            brief.serving.add(model)
+        now = self.loop.time()
+        ticket = Ticket(TicketId(next(self._tickets)), model, now, now + self._max_wait_s)
+        lease = Lease(self, ticket)
+        brief.begin(lease, noticed)
         return lease
 
     def open(self, lease: Lease) -> None:
@@ -233,12 +261,16 @@ class Scheduler:
         self.post(RequestArrived(lease.ticket))
 
     def close(self, ticket: TicketId, *, served: bool) -> None:
-        if self._leases.pop(ticket, None) is not None:
+        now = self.loop.time()
+        if self._brief.end(ticket, now, served=served):
+            if self._rings_at is None or self._rings_at > now + LOOK_AGAIN_S:
+                self._rearm(now + LOOK_AGAIN_S)
+        elif self._leases.pop(ticket, None) is not None:
             self.post(TicketClosed(ticket, served))
 
     async def idle(self) -> None:
         """Return once no answer is running or frozen any more. For one waiter at a time."""
-        if self._state.granted:
+        if self.state.granted:
             self._emptied = self.loop.create_future()
             try:
                 await self._emptied
@@ -248,19 +280,20 @@ class Scheduler:
     def cut_all(self, why: str) -> int:
         """Tell every running answer to end now, honestly; how many there were."""
         refusal = Refusal(Reason.SHUTTING_DOWN, why, retry_after_s=5.0)
+        self._tell_core()
         for lease in self._leases.values():
             if not lease.cut.done():
                 lease.cut.set_result(refusal)
         return len(self._leases)
 
     def is_frozen(self, ticket: Ticket) -> bool:
-        engine = self._state.engines.get(ticket.model)
+        engine = self.state.engines.get(ticket.model)
         return (
             engine is not None and ticket.id in held(engine) and not hasattr(engine.phase, "leases")
         )
 
     def suspect(self, ticket: Ticket, seconds: float) -> None:
-        engine = self._state.engines.get(ticket.model)
+        engine = self.state.engines.get(ticket.model)
         if engine is not None and ticket.id in held(engine):
             self.post(EngineSilent(ticket.model, engine.incarnation, seconds))
 

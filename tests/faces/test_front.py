@@ -18,6 +18,7 @@ from homegptd.faces.ask import Limits
 from homegptd.faces.bodies import Bodies
 from homegptd.faces.clients import Keyring
 from homegptd.faces.guard import Guard
+from homegptd.runtime.lease import Lease
 
 from . import box
 from .box import (
@@ -67,10 +68,11 @@ async def settled(b: Box, requests: int) -> None:
     """Nothing is held any more, and each request is in the books once."""
     await b.until(lambda: b.leases() == 0 and b.accounts.snapshot() != ())
     assert sum(each.requests for each in b.accounts.snapshot()) == requests
-    assert b.door.express.bodies.held == b.door.express.bodies.held_in_memory == 0
+    assert b.door.express.means.bodies.held == b.door.express.means.bodies.held_in_memory == 0
 
 
 def cut(b: Box) -> None:
+    assert b.leases()  # whoever looks makes them known to the core
     for lease in list(b.scheduler._leases.values()):
         lease.cut.set_result(Refusal(Reason.CUT, "for a test", retry_after_s=0.1))
 
@@ -132,6 +134,7 @@ async def test_a_model_that_sleeps_is_woken_the_long_way(path: Path) -> None:
         other = await b.connect()
         assert (await other.ask(content=HELLO)).status == 200
         assert b.fronts() == 1
+        await settled(b, 2)
 
 
 async def test_a_body_that_is_too_large_is_so_here_too(path: Path) -> None:
@@ -203,9 +206,13 @@ async def test_who_asks_without_end_is_not_read_without_end(path: Path) -> None:
 # ---------------------------------------------------------------- ends
 
 
-@pytest.mark.parametrize("phase", ["asked", "headed", "begun"])
-async def test_who_leaves_is_gone_at_the_engine_and_in_the_books(path: Path, phase: str) -> None:
-    said = {"asked": b"", "headed": GOOD[:60], "begun": answer(b"x" * (2 << 20))[: 3 << 19]}
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("phase", ["asked", "headed", "nearly all", "begun"])
+async def test_who_leaves_is_gone_at_the_engine_and_in_the_books(
+    path: Path, phase: str, *, first: bool
+) -> None:
+    said = {"asked": b"", "headed": GOOD[:60], "nearly all": GOOD[:-1],
+            "begun": answer(b"x" * (2 << 20))[: 3 << 19]}  # fmt: skip
     left = asyncio.Event()
 
     async def script(asked: Asked) -> None:
@@ -213,16 +220,19 @@ async def test_who_leaves_is_gone_at_the_engine_and_in_the_books(path: Path, pha
         await asked.hung_up()
         left.set()
 
-    async with Engine(path, script).running() as engine, box.running({"chat": path}) as b:
+    scripts = script if first else after_a_good_one(script)
+    async with Engine(path, scripts).running() as engine, box.running({"chat": path}) as b:
         client = await b.connect()
+        if not first:
+            await client.ask(content=HELLO)
         client.send(content=HELLO)
-        await b.until(lambda: len(engine.asked) == 1)
+        await b.until(lambda: len(engine.asked) == (1 if first else 2))
         if phase == "begun":
             await client.reader.readexactly(1 << 20)
         client.hang_up()
         async with asyncio.timeout(5):
             await left.wait()
-        await settled(b, 1)
+        await settled(b, 1 if first else 2)
         assert b.accounts.snapshot()[0].aborted == 1
         assert b.clients_served() == 0
 
@@ -386,8 +396,11 @@ async def test_who_leaves_while_the_engine_is_reached_anew_is_in_the_books(path:
                 waiting = await full(listener)
                 client.send(content=HELLO)
                 await loop.sock_recv(engine, 65536)
-            ticks = b.door.express.pool.ticks
-            await b.until(lambda: not ticks.run)  # of the answer that was left
+            [connection] = b.server.connections
+            assert isinstance(connection, front.Front)
+            exchange = connection._exchange
+            assert exchange is not None
+            await b.until(lambda: exchange._connecting is not None)
             assert b.leases() == 1
             client.hang_up()
             await settled(b, 2)
@@ -421,6 +434,144 @@ async def test_what_is_cut_when_its_client_has_just_left_is_in_the_books(path: P
         connection.transport.abort()  # heard of in the next turn of the loop, as the cut is
         await settled(b, 1)
         assert b.accounts.snapshot()[0].aborted == 1
+
+
+# ---------------------------------------------------------------- whole answers
+
+
+async def test_answers_that_come_whole_go_on_as_they_came(path: Path) -> None:
+    """From the second on: the head of the first one is known then."""
+    usage = {"prompt_tokens": 30, "completion_tokens": 4}
+    said = answer({"choices": [{"finish_reason": "stop"}], "usage": usage}, more=b"x-Odd: YES\r\n")
+
+    leases: list[Lease] = []
+
+    async def script(asked: Asked) -> None:
+        [connection] = b.server.connections
+        assert isinstance(connection, front.Front)
+        assert connection._exchange is not None
+        leases.append(connection._exchange._lease)
+        asked.writer.write(said)
+
+    async with Engine(path, script).running() as engine, box.running({"chat": path}) as b:
+        client = await b.connect()
+        for _ in range(3):
+            client.send(content=HELLO)
+            assert await client.reader.readexactly(len(said)) == said
+        assert [lease._served for lease in leases] == [True] * 3
+        await settled(b, 3)
+        account = b.accounts.snapshot()[0]
+        assert (account.tokens_read, account.tokens_written) == (90, 12)
+        assert (account.answered, account.waited.count, account.uncounted) == (3, 3, 0)
+    assert engine.connections == 1
+
+
+def after_a_good_one(script: Script) -> Script:
+    return in_turn(saying(GOOD), script, saying(GOOD))
+
+
+ABORTED = answer({"choices": [{"message": {"content": "half"}, "finish_reason": "abort"}]})
+DIED = answer({"error": {"message": "EngineCore encountered an issue"}}, "500 Internal")
+NO_GOOD: dict[str, Script] = {
+    "cut by vLLM": saying(ABORTED),
+    "cut by vLLM, in two packets": saying(ABORTED[:-9], ABORTED[-9:]),
+    "a dying engine": saying(DIED),
+    "half an answer": dying_after(GOOD[:-1]),
+    "half a head": dying_after(GOOD[:60]),
+    "nothing": dying_after(),
+    "an answer and a half": dying_after(GOOD + GOOD[:9]),
+}
+
+
+@pytest.mark.parametrize("script", NO_GOOD.values(), ids=NO_GOOD)
+async def test_what_is_no_good_answer_is_asked_for_again(path: Path, script: Script) -> None:
+    async with (
+        Engine(path, after_a_good_one(script)).running() as engine,
+        box.running({"chat": path}, notice_s=0.05) as b,
+    ):
+        client = await b.connect()
+        for _ in range(2):
+            reply = await client.ask(content=HELLO)
+            assert (reply.status, reply.body) == (200, GOOD.partition(b"\r\n\r\n")[2])
+        await settled(b, 2)
+        assert len(engine.asked) == 3
+
+
+async def test_a_silent_engine_is_given_up_in_time(path: Path) -> None:
+    limits, loop = Limits(first_byte_s=0.4), asyncio.get_running_loop()
+    script = after_a_good_one(never)
+    async with Engine(path, script).running(), box.running({"chat": path}, limits=limits) as b:
+        client = await b.connect()
+        await client.ask(content=HELLO)
+        began = loop.time()
+        reply = await client.ask(content=HELLO)
+        assert reply.status == 502
+        assert "said nothing for 0.4" in reply.error["message"]
+        assert loop.time() - began > 0.3
+        await settled(b, 2)
+
+
+async def test_the_clock_stops_when_nothing_runs(path: Path) -> None:
+    limits = Limits(first_byte_s=0.2)
+    async with Engine(path, echo).running(), box.running({"chat": path}, limits=limits) as b:
+        client, ticks = await b.connect(), b.door.express.means.pool.ticks
+        for _ in range(2):
+            await client.ask(content=HELLO)
+            assert ticks._counting
+            await b.until(lambda: not ticks._counting)
+        [connection] = b.server.connections
+        assert connection.flow is None
+
+
+@pytest.mark.parametrize("looked", [False, True])
+async def test_one_that_takes_its_time_is_an_answer_as_any(path: Path, *, looked: bool) -> None:
+    """It has become one when the clock ticks, or when somebody looks at the box."""
+    go = asyncio.Event()
+    script, limits = after_a_good_one(echo_after(go)), Limits(first_byte_s=60 if looked else 0.4)
+    async with (
+        Engine(path, script).running() as engine,
+        box.running({"chat": path}, limits=limits) as b,
+    ):
+        client = await b.connect()
+        await client.ask(content=HELLO)
+        await b.until(lambda: b.scheduler._rings_at is None)  # which is a look too
+        client.send(content=HELLO)
+        await b.until(lambda: len(engine.asked) == 2)
+        [connection] = b.server.connections
+        assert isinstance(connection, front.Front)
+        exchange = connection._exchange
+        assert exchange is not None
+        if looked:
+            assert b.leases() == 1
+        await b.until(lambda: exchange._answer is not None)
+        go.set()
+        assert (await client.reply()).json["body"] == HELLO
+        await settled(b, 2)
+        assert b.fronts() == 1
+
+
+async def test_a_page_that_may_read_answers_is_told_so_each_time(path: Path) -> None:
+    guard = Guard(cors=frozenset({"http://page.example"}))
+    async with Engine(path, echo).running(), box.running({"chat": path}, guard=guard) as b:
+        client = await b.connect()
+        for _ in range(3):
+            reply = await client.ask(content=HELLO, more="Origin: http://page.example\r\n")
+            assert reply.headers["access-control-allow-origin"] == "http://page.example"
+        assert b.fronts() == 1
+
+
+@pytest.mark.parametrize("where", ["/v1/messages", "/v1/completions"])
+async def test_a_cut_that_takes_more_to_see_is_seen(path: Path, where: str) -> None:
+    said = answer(
+        b'{"type":"message","content":[]}'
+        if "messages" in where
+        else b'{"choices":[{"finish_reason":"abort"}]}'
+    )
+    script = after_a_good_one(saying(said))
+    async with Engine(path, script).running(), box.running({"chat": path}, notice_s=0.05) as b:
+        client = await b.connect()
+        for _ in range(2):
+            assert (await client.ask(where, HELLO)).body == GOOD.partition(b"\r\n\r\n")[2]
 
 
 # ---------------------------------------------------------------- keys

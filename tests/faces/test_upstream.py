@@ -8,10 +8,11 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from homegptd.faces.upstream import Connection, Head, Pool, Unchunked
+from homegptd.faces.heads import HOP_BY_HOP, Head
+from homegptd.faces.upstream import Connection, Pool, Unchunked
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 END = b"0\r\n\r\n"
@@ -48,6 +49,16 @@ class Sink:
         """Pieces of the body, and whether what follows each is a chunk."""
         self.ended = False
         self.lost = ""
+        self.wants_whole = True
+        self.whole = 0
+
+    def take(self, data: bytes, start: int) -> bool:
+        """A whole answer, if that is wanted."""
+        if self.wants_whole:
+            self.whole += 1
+            self.got.append((data[start:], False))
+            self.ended = True
+        return self.wants_whole
 
     def on_head(self, head: Head) -> None:
         self.head = head
@@ -163,3 +174,141 @@ def test_bare_bodies_need_the_parser(pool: Pool) -> None:
     sink = heard(pool, [HEAD, chunk(b"one"), chunk(b"two"), chunk(LURE), END], Unchunked)
     assert sink.body == b"onetwo" + LURE
     assert sink.ended
+
+
+# ---------------------------------------------------------------- whole answers
+
+JSON = b"content-type: application/json"
+ODD = st.sampled_from(
+    [b"Content-Type: application/json", b"content-type: text/plain", b"x-note: content-length: 7",
+     b"connection: close", b"Connection: keep-alive", b"transfer-encoding: chunked", b"te: x",
+     b"content-length: 4", b"content-length:4", b"x: y\nz: content-length: 4", b"x: y\r\n z"]
+)  # fmt: skip
+fields = st.tuples(
+    st.sampled_from(
+        [[JSON], [JSON], [JSON, b"server: uvicorn"], [b"content-type: text/plain"], []]
+    ),
+    st.one_of(st.just([]), st.lists(ODD, max_size=2)),
+).map(lambda parts: parts[0] + parts[1])
+
+
+def said(status: int, more: list[bytes], at: int, body: bytes, spelled: bytes = b"%d") -> bytes:
+    lines = [b"HTTP/1.1 %d OK" % status, *more]
+    lines.insert(1 + at % len(lines), b"content-length: " + spelled % len(body))
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+def asks(connection: Connection, *, whole: bool, wants_whole: bool = True) -> Sink:
+    sink = Sink(connection)
+    sink.wants_whole = wants_whole
+    connection.send(sink, b"", b"", sink.take if whole else None)
+    return sink
+
+
+def second(
+    pool: Pool, first: bytes, reads: list[bytes], *, whole: bool, wants_whole: bool = True
+) -> Sink | None:
+    """What is heard of an answer after another over the same connection; None: of that none was."""
+    connection = Connection(pool, "engine")
+    connection.connection_made(Transport())  # type: ignore[arg-type]
+    sink = asks(connection, whole=whole, wants_whole=wants_whole)
+    connection.data_received(first)
+    if not sink.ended or not connection._reusable:
+        return None
+    sink = asks(connection, whole=whole, wants_whole=wants_whole)
+    for read in reads:
+        connection.data_received(read)
+    return sink
+
+
+@given(
+    st.sampled_from([200] * 6 + [201, 204, 304, 500]),
+    fields,
+    st.integers(0, 5),
+    st.sampled_from([b"", b"{}"]),
+    st.binary(max_size=30),
+    st.sampled_from([b"%d", b"%d", b"%d", b"+%d", b"0%d", b"%d ", b"1_%d", b"%d;"]),
+    st.sampled_from([b"", b"", b"", b"x", b"HTTP/1.1 200 OK\r\n\r\n"]),
+    st.data(),
+)
+@settings(max_examples=500)
+def test_a_whole_answer_is_what_the_parser_would_have_made_of_it(
+    pool: Pool, status: int, more: list[bytes], at: int, one: bytes, two: bytes, spelled: bytes,
+    rest: bytes, data: st.DataObject,
+) -> None:  # fmt: skip
+    then = data.draw(st.sampled_from([status] * 4 + [200, 500]))
+    again = data.draw(st.sampled_from([more] * 4 + [more[::-1], [JSON]]))
+    other = said(then, again, at, two, spelled) + rest
+    places = st.lists(st.integers(0, len(other)), max_size=2)
+    cuts = sorted({*data.draw(st.one_of(st.just([]), places)), 0, len(other)})
+    reads = [other[a:b] for a, b in pairwise(cuts)]
+    first = said(status, more, at, one)
+    wants_whole = data.draw(st.sampled_from([True, True, True, False]))
+    short = second(pool, first, reads, whole=True, wants_whole=wants_whole)
+    long = second(pool, first, reads, whole=False)
+    assert (short is None) == (long is None)
+    if short is None or long is None:
+        return
+    assert (short.ended, short.lost) == (long.ended, long.lost)
+    if long.lost:
+        assert long.body.startswith(short.body)  # what waited for its rest is handed to nobody
+    else:
+        assert short.body == long.body
+    if long.ended:
+        assert short.connection._reusable == long.connection._reusable
+    if short.whole:
+        assert long.head is not None
+        assert (long.head.status, long.head.kind) == (200, b"application/json")
+        assert HOP_BY_HOP.isdisjoint(name.lower() for name, _ in long.head.headers)
+
+
+LIKE_VLLM = [b"date: Thu, 26 Nov 2026 10:00:00 GMT", b"server: uvicorn", JSON]
+
+
+@pytest.mark.parametrize("cut", [1, 20, 100, 130, 140])
+def test_an_answer_that_comes_in_two_pieces_is_whole_too(pool: Pool, cut: int) -> None:
+    """uvicorn writes a head and its body apart."""
+    answer = said(200, LIKE_VLLM, 2, b"{}" * 10)
+    end = answer.index(b"{}")
+    sink = second(pool, answer, [answer[:cut], answer[cut:]], whole=True)
+    assert sink is not None
+    assert (sink.body, sink.ended) == (b"{}" * 10, True)
+    assert sink.whole == (cut >= end)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [said(500, LIKE_VLLM, 2, b"{}"), said(200, LIKE_VLLM, 1, b"{}"),
+     said(200, [b"date: Thu, 26 Nov 2026 10:00:01 GMT", *LIKE_VLLM[1:]], 2, b"{}"),
+     said(200, [*LIKE_VLLM, b"x: y"], 2, b"{}")],
+)  # fmt: skip
+def test_another_head_is_parsed(pool: Pool, other: bytes) -> None:
+    sink = second(pool, said(200, LIKE_VLLM, 2, b"{}"), [other], whole=True)
+    assert sink is not None
+    assert sink.head is not None
+    assert (sink.ended, sink.whole, sink.body) == (True, 0, b"{}")
+
+
+def test_a_large_answer_is_not_kept_until_it_is_whole(pool: Pool) -> None:
+    answer = said(200, LIKE_VLLM, 2, b"x" * 100_000)
+    sink = second(pool, answer, [answer[:1000]], whole=True)
+    assert sink is not None
+    assert sink.head is not None
+    assert answer.endswith(sink.body + answer[1000:])
+
+
+def test_a_part_of_an_answer_is_no_idle_connection(pool: Pool) -> None:
+    answer = said(200, LIKE_VLLM, 2, b"{}" * 10)
+    sink = second(pool, answer, [answer[:-1]], whole=True)
+    assert sink is not None
+    assert sink.head is None
+    assert not sink.connection.silent
+    sink.connection.connection_lost(None)
+    assert sink.lost == "closed the connection"
+
+
+def test_what_comes_after_a_whole_answer_is_nobodys(pool: Pool) -> None:
+    answer = said(200, LIKE_VLLM, 2, b"{}" * 10)
+    sink = second(pool, answer, [answer + b"x"], whole=True)
+    assert sink is not None
+    assert not sink.whole

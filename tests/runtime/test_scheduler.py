@@ -44,22 +44,25 @@ async def test_a_lease_on_an_awake_model_costs_no_turn_of_the_loop() -> None:
         assert small.nothing_is_left()
 
 
+def noticed() -> None: ...
+
+
 @jumping
 async def test_a_lease_at_once_is_granted_already_or_there_is_none() -> None:
     async with Small().running() as small:
-        assert small.scheduler.lease_at_once(A) is None  # it is being brought up
+        assert small.scheduler.lease_at_once(A, noticed) is None  # it is being brought up
         await small.until_booted()
-        lease = small.scheduler.lease_at_once(A)
+        lease = small.scheduler.lease_at_once(A, noticed)
         assert lease is not None
         assert small.engine(A).phase.leases == {lease.ticket.id}
         state = small.scheduler.state
-        assert small.scheduler.lease_at_once(B) is None
-        assert small.scheduler.lease_at_once(ModelId("unknown")) is None
+        assert small.scheduler.lease_at_once(B, noticed) is None
+        assert small.scheduler.lease_at_once(ModelId("unknown"), noticed) is None
         assert small.scheduler.state is state  # nobody has asked for anything
         async with asyncio.TaskGroup() as group:
             group.create_task(ask(small.scheduler, B))
             await asyncio.sleep(0.1)
-            assert small.scheduler.lease_at_once(A) is None  # another is waited for
+            assert small.scheduler.lease_at_once(A, noticed) is None  # another is waited for
             lease.served()
             lease.close()
             lease.close()
