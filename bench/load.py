@@ -57,15 +57,17 @@ def post(body: bytes) -> bytes:
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def chat(events: int = 0, model: str = "a") -> bytes:
+def chat(events: int = 0, model: str = "a", rate: int = EVENTS_PER_S) -> bytes:
     asked = {"model": model, "max_tokens": events or 8, "messages": [
         {"role": "user", "content": "Hi" * 50}]}  # fmt: skip
-    return post(json.dumps({**asked, "stream": True} if events else asked).encode())
+    stream = {"stream": True, "bench_rate": rate} if events else {}
+    return post(json.dumps({**asked, **stream}).encode())
 
 
-def streams(target: Target, count: int, events: int) -> Streams:
-    """`count` streams of `events` at once. One that is cut is missing in `complete`."""
-    request, found, began = chat(events), Streams(), monotonic()
+def streams(target: Target, count: int, events: int, rate: int = EVENTS_PER_S) -> Streams:
+    """`count` streams of `events` at once, `rate` a second each. One that is cut is missing in
+    `complete`."""
+    request, found, began = chat(events, rate=rate), Streams(), monotonic()
     poll, open_ = select.epoll(), {}
     for number in range(count):
         sock = connect(target.at)
@@ -73,7 +75,7 @@ def streams(target: Target, count: int, events: int) -> Streams:
         sock.setblocking(False)
         open_[sock.fileno()] = _Stream(sock, watched=number < _WATCHED)
         poll.register(sock, select.EPOLLIN)
-    limit = began + 20 + 3 * events / EVENTS_PER_S
+    limit = began + 20 + 3 * events / rate
     silent, all_run, heard, timed = count, (0.0, 0.0, 0), 0, False
     while open_ and monotonic() < limit:
         for number, _ in poll.poll(1.0):

@@ -1,10 +1,11 @@
 """An engine without a model, for measuring routers: it answers at once and streams on time.
 
 `python -m bench.upstream SOCKET [--port PORT] [--model NAME]`. It knows what the daemon asks of a
-vLLM server. A chat that streams gets `max_tokens` events of 240 bytes, 50 a second, one HTTP chunk
-each as uvicorn sends them; each carries the instant at which it was sent (`time.monotonic_ns`, one
-clock for all processes of a machine). Bodies of any size are dropped but for their ends. GET
-/bench/left are the instants at which clients left in the middle of a stream.
+vLLM server. A chat that streams gets `max_tokens` events of 240 bytes, 50 a second or as many as it
+says itself in `bench_rate`, one HTTP chunk each as uvicorn sends them; each carries the instant at
+which it was sent (`time.monotonic_ns`, one clock for all processes of a machine). Bodies of any
+size are dropped but for their ends. GET /bench/left are the instants at which clients left in the
+middle of a stream.
 """
 
 import argparse
@@ -22,6 +23,7 @@ EVENT_BYTES = 240
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _STREAM = re.compile(rb'"stream": ?true')
 _COUNT = re.compile(rb'"max_tokens": ?(\d+)')
+_RATE = re.compile(rb'"bench_rate": ?(\d+)')
 _STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
     b"transfer-encoding: chunked\r\n\r\n"
@@ -52,13 +54,14 @@ def frame() -> bytes:
 
 class Engine:
     """What the control calls remember, and the clock of all streams: each has its millisecond of
-    the 20 between two of its events. A timer for each would cost more than what it sends."""
+    those between two of its events. A timer for each would cost more than what it sends."""
 
     def __init__(self, model: str) -> None:
         self.asleep = False
         self.model = model
         self.left: list[int] = []
-        self.slots: list[list[Connection]] = [[] for _ in range(1000 // EVENTS_PER_S)]
+        self._slots: dict[int, list[list[Connection]]] = {}
+        """By the events a second."""
         self._ticks = 0
         self._loop = asyncio.get_running_loop()
         self._began = self._loop.time()
@@ -67,11 +70,17 @@ class Engine:
     def _tick(self) -> None:
         """Never ahead of time; what was missed is made up for."""
         while self._began + self._ticks / 1000 <= self._loop.time():
-            at = self._ticks % len(self.slots)
-            if self.slots[at]:
-                self.slots[at] = [stream for stream in self.slots[at] if stream.next()]
+            for slots in self._slots.values():
+                at = self._ticks % len(slots)
+                if slots[at]:
+                    slots[at] = [stream for stream in slots[at] if stream.next()]
             self._ticks += 1
         self._loop.call_later(1 / 1000, self._tick)
+
+    def stream(self, stream: "Connection", rate: int) -> None:
+        """Has it send its events, so many a second."""
+        slots = self._slots.setdefault(rate, [[] for _ in range(1000 // rate)])
+        random.choice(slots).append(stream)
 
     def answer(self, path: bytes) -> object:
         match path:
@@ -126,16 +135,17 @@ class Connection(asyncio.Protocol):
 
     def _answer(self, path: bytes, body: bytes) -> None:
         if path.startswith(b"/v1/chat") and _STREAM.search(body):
-            self._begin(int(_COUNT.search(body)[1]))
+            rate = _RATE.search(body)
+            self._begin(int(_COUNT.search(body)[1]), int(rate[1]) if rate else EVENTS_PER_S)
         else:
             body = json.dumps(self._engine.answer(path)).encode()
             head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
             self._transport.write(head + b"content-length: %d\r\n\r\n%s" % (len(body), body))
 
-    def _begin(self, count: int) -> None:
+    def _begin(self, count: int, rate: int) -> None:
         self._left = count
         self._transport.write(_STREAM_HEAD)
-        random.choice(self._engine.slots).append(self)
+        self._engine.stream(self, rate)
 
     def next(self) -> bool:
         """Send one event. Whether there are more."""
