@@ -89,7 +89,7 @@ class Desk:
         return next((model for model, (_, also) in self.names.items() if name in also), None)
 
     def known(self) -> Collection[ModelId]:
-        return self._scheduler.state.engines
+        return self._scheduler.models
 
     def default(self) -> ModelId | None:
         return self._scheduler.state.policy.default

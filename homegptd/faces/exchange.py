@@ -21,7 +21,7 @@ from homegptd.runtime.scheduler import Scheduler
 from .accounts import Accounts, End, Record
 from .ask import Ask, Broken, Limits, tell
 from .bodies import Bodies
-from .cuts import ABORT, reads_more
+from .cuts import ABORT
 from .heads import Head
 from .outlet import Outlet
 from .relay import Answer, connect, fault
@@ -39,40 +39,22 @@ class Means(Struct, frozen=True):
     pool: Pool
 
 
-class Lane:
+class Lane(Struct, frozen=True):
     """What is so for all that come over one connection, with one head, for one model."""
 
-    def __init__(
-        self,
-        means: Means,
-        model: ModelId,
-        ask: Ask,
-        *,
-        outlet: Outlet,
-        key: str,
-        address: Address,
-        limits: Limits,
-    ) -> None:
-        """`ask`: without a body."""
-        self.means, self.model, self.ask, self.outlet, self.key = means, model, ask, outlet, key
-        self.address, self.limits = address, limits
-        self.begin = ask.begin() + b"Content-Length: "
-        self.passes_whole = not (outlet.headers or reads_more(ask.path))
-        """Whether an answer can go on as it came."""
-        self.running: Exchange | None = None
-        self.ticks = False
-        """Whether `tick` is called. It goes on until a tick finds nothing running."""
-
-    def begin_ticks(self) -> None:
-        self.ticks = True
-        self.means.pool.ticks.join(self, self.limits.tick_s)
-
-    def tick(self) -> None:
-        if self.running is not None:
-            self.running.noticed()
-        else:
-            self.ticks = False
-            self.means.pool.ticks.leave(self, self.limits.tick_s)
+    means: Means
+    model: ModelId
+    ask: Ask
+    """Without a body."""
+    begin: bytes
+    """Its head, but for the length."""
+    outlet: Outlet
+    key: str
+    address: Address
+    limits: Limits
+    tick_s: float
+    passes_whole: bool
+    """Whether an answer can go on as it came."""
 
 
 class Exchange:
@@ -80,7 +62,7 @@ class Exchange:
 
     __slots__ = (
         "_answer", "_body", "_connecting", "_connection", "_lane", "_lease", "_noticed", "_record",
-        "_tell", "_whole", "keep_alive", "problem",
+        "_since", "_tell", "_whole", "keep_alive", "problem",
     )  # fmt: skip
 
     def __init__(self, lane: Lane, body: bytes) -> None:
@@ -105,9 +87,8 @@ class Exchange:
             bodies.give_back(len(self._body))
             return False
         self._lease: Lease = lease
-        lane.running = self
-        if not lane.ticks:
-            lane.begin_ticks()
+        self._since = lease.ticket.since
+        lane.means.pool.ticks.join(self, lane.tick_s)
         return True
 
     def begin(self, tell: Callable[[], None]) -> None:
@@ -134,6 +115,7 @@ class Exchange:
             self.problem = Broken(fault(self._lease, f"cannot be reached ({error})"), sent=False)
         else:
             self._connecting = None
+            self._since = lane.means.pool.loop.time()
             self._send(connection)
             return
         self._connecting = None
@@ -160,19 +142,22 @@ class Exchange:
 
     def noticed(self) -> None:
         """From now on it can be cut, and time counts."""
+        self._noticed = True
         if self._connection is not None:
             self._answers()
-        self._noticed = True
+
+    def tick(self) -> None:
+        self.noticed()
 
     def _answers(self) -> Answer:
         if self._answer is None:
-            lane, lease, self._noticed = self._lane, self._lease, True
+            lane, pool = self._lane, self._lane.means.pool
             connection = cast("Connection", self._connection)  # or nobody would have called
             self._answer = Answer(
-                lane.outlet, replace(lane.ask, body=self._body), connection, lease, lane.limits,
-                self._in_the_books(), lane.means.pool, None,
+                lane.outlet, replace(lane.ask, body=self._body), connection, self._lease,
+                lane.limits, self._in_the_books(), pool, None,
             )  # fmt: skip
-            self._answer.take_over(self._over, lane.means.pool.loop.time() - lease.ticket.since)
+            self._answer.take_over(self._over, pool.loop.time() - self._since)
         return self._answer
 
     def on_head(self, head: Head) -> None:
@@ -229,12 +214,14 @@ class Exchange:
         elif self._connection is not None:
             self._connection.leave()
         self._lease.close()
-        self._lane.means.bodies.give_back(len(self._body))
-        self._lane.running = None
+        means = self._lane.means
+        means.bodies.give_back(len(self._body))
+        means.pool.ticks.leave(self, self._lane.tick_s)
 
     def _in_the_books(self) -> Record:
         if self._record is None:
             self._record = record = Record(self._lane.key)
             record.model = self._lane.model
             record.granted(self._lease.ticket.id, 0.0)
+            record.arrived -= self._lane.means.pool.loop.time() - self._lease.ticket.since
         return self._record

@@ -24,6 +24,7 @@ from .accounts import Accounts
 from .ask import Ask, Limits
 from .bodies import Bodies
 from .clients import Client
+from .cuts import reads_more
 from .errors import Denied
 from .exchange import Exchange, Lane, Means
 from .guard import Access, Guard
@@ -130,13 +131,17 @@ class Express:
         headers, key = known.headers, self._engine_keys(model)
         if key is not None:
             headers += b"Authorization: Bearer %s\r\n" % key.encode()
+        ask, limits = Ask(known.route.path, headers, b"", known.route.shape), self._limits(model)
         known.lanes[name] = lane = Lane(
-            self.means,
-            model,
-            Ask(known.route.path, headers, b"", known.route.shape),
+            means=self.means,
+            model=model,
+            ask=ask,
+            begin=ask.begin() + b"Content-Length: ",
             outlet=known.outlet,
             key=known.client.name,
             address=self._addresses(model),
-            limits=self._limits(model),
+            limits=limits,
+            tick_s=limits.tick_s,
+            passes_whole=not (known.outlet.headers or reads_more(ask.path)),
         )
         return lane

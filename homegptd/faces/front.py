@@ -125,7 +125,7 @@ class Front(Tells):
             exchange.release()
             self._hand_over(exchange.problem)
         else:
-            exchange.end(answered=not again)
+            exchange.end(answered=not (again or gone))
             self.held = self.held[self._asked :]
             if self._closing or not exchange.keep_alive:
                 self._close()

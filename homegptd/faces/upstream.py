@@ -27,8 +27,6 @@ CONNECT_S = 5.0
 MAX_HEAD = 64 * 1024
 _IDLE_PER_ENGINE = 64
 _ONE_WRITE = 64 * 1024
-_LARGEST_WHOLE = 64 * 1024
-"""Bytes of an answer that is handed on as a whole."""
 
 
 class Sink(Protocol):
@@ -69,10 +67,11 @@ class Connection(asyncio.Protocol):
         self._forget()
 
     def _forget(self) -> None:
-        self._raw = b""  # what the parser has not seen of an answer, then its head until that ends
+        self._raw = b""  # the head as far as it has come
         self._headers: list[tuple[bytes, bytes]] = []
         self._reason = b""
         self._headed = self._told = False
+        self._due: int | None = None  # bytes of the body that are still to come, where it is known
         self._answers = 0
         self._chunked = self._in_chunk = self.between = False
         self._reusable = False
@@ -82,7 +81,8 @@ class Connection(asyncio.Protocol):
     def send(self, sink: Sink, head: bytes, body: Body, whole: Whole | None = None) -> None:
         """Ask; the sink gets what comes back, perhaps before the whole body is out.
 
-        `whole` gets it first where all is there at once, it is small, and its head is as before.
+        `whole` gets it first where all of it comes in one piece, with a head as before: so vLLM
+        answers, whose uvloop collects what uvicorn writes.
         """
         self._forget()
         self._whole = whole if self._frame is not None else None
@@ -166,11 +166,9 @@ class Connection(asyncio.Protocol):
         if self.between and data.startswith(_size_line(len(data))) and data.endswith(b"\r\n"):
             sink.on_body(data)  # one whole chunk: the parser need not see it
             return
-        if self._whole is not None:
-            data = self._raw + data
-            if self._is_taken(data, self._whole):
-                return
-            self._raw, self._whole = b"", None
+        whole, self._whole = self._whole, None
+        if whole is not None and self._is_taken(data, whole):
+            return
         self.silent = False
         try:
             self._parser.feed_data(data)
@@ -185,22 +183,26 @@ class Connection(asyncio.Protocol):
             if rest is None:
                 return
             data = rest
+        if self._is_too_much(data):
+            self._break("sent more than one answer")
+            return
         self.between = self._chunked and self._is_between(data)
         self._hand_over(data, sink)
 
     def _is_taken(self, data: bytes, whole: Whole) -> bool:
-        """Whether the parser need not see it. What may become whole yet waits for its rest."""
+        """Whether the parser need not see it."""
         split = self._frame.split(data) if self._frame is not None else None
-        if split is None:
+        if split is None or sum(split) != len(data):
             return False
-        length, start = split
-        missing = start + length - len(data)
-        self.silent = False
-        if missing > 0 and length <= _LARGEST_WHOLE:
-            self._raw = data
-            return True
-        self.complete = self._reusable = missing == 0
-        return self.complete and whole(data, start)
+        self.silent, self.complete, self._reusable = False, True, True
+        return whole(data, split[1])
+
+    def _is_too_much(self, data: bytes) -> bool:
+        """Also by empty lines: the parser skips them, and the client would get them."""
+        if self._due is None:
+            return self.complete and data.endswith(b"\r\n\r\n\r\n")
+        self._due -= len(data)
+        return self._due < 0
 
     def _is_between(self, data: bytes) -> bool:
         return not (self._in_chunk or self.complete) and data.endswith(b"\n")
@@ -214,6 +216,9 @@ class Connection(asyncio.Protocol):
             return None
         if not self._headed:
             return None
+        if not self._raw.startswith(b"HTTP/"):
+            self._break("sent something before its answer")
+            return None
         if end < 0:
             self._break("sent a head that ends in bare line feeds")
             return None
@@ -222,6 +227,7 @@ class Connection(asyncio.Protocol):
         head = self._head()
         self._chunked = head.chunked
         if head.length is not None:
+            self._due = head.length
             self._frame = framed(raw, head)
         sink.on_head(head)
         return rest

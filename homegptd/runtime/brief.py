@@ -8,11 +8,15 @@ and in their order, before the next event is taken and before anybody sees the s
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 from homegptd.core.events import Event, RequestArrived, TicketClosed
 from homegptd.core.model import ModelId, Ticket, TicketId
 
 from .lease import Lease
+
+Timed: TypeAlias = tuple[float, Event]
+Running: TypeAlias = tuple[Lease, Callable[[], None]]
 
 
 class Brief:
@@ -21,7 +25,7 @@ class Brief:
     def __init__(self) -> None:
         self.serving: set[ModelId] = set()
         """Whose leases may be given so: what the core was told last is what holds."""
-        self._running: dict[TicketId, tuple[Lease, Callable[[], None]]] = {}
+        self._running: dict[TicketId, Running] = {}
         self._last: dict[ModelId, tuple[Ticket, float, bool]] = {}
         """The last one that has ended, and when, and whether any has been served."""
 
@@ -39,14 +43,16 @@ class Brief:
         self._last[ended.model] = ended, now, served or (before is not None and before[2])
         return True
 
-    def take(self) -> tuple[list[tuple[float, Event]], list[tuple[Lease, Callable[[], None]]]]:
-        """The events and their times, and the leases that are running; here are none any more."""
-        running, last = list(self._running.values()), self._last.values()
-        tickets = [lease.ticket for lease, _ in running] + [ticket for ticket, _, _ in last]
-        events: list[tuple[float, Event]] = [(each.since, RequestArrived(each)) for each in tickets]
-        events += [(at, TicketClosed(ticket.id, served)) for ticket, at, served in last]
+    def take(self) -> tuple[list[Timed], list[Running]]:
+        """The events, and the leases that are running; here are none any more."""
+        running, events = list(self._running.values()), list[Timed]()
+        for lease, _ in running:
+            events.append((lease.ticket.since, RequestArrived(lease.ticket)))
+        for ticket, at, served in self._last.values():
+            events.append((ticket.since, RequestArrived(ticket)))
+            events.append((at, TicketClosed(ticket.id, served)))
         events.sort(key=lambda timed: timed[0])
         self.serving.clear()
         self._running.clear()
-        self._last = {}
+        self._last.clear()
         return events, running

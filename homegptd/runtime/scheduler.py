@@ -8,7 +8,7 @@ import asyncio
 import itertools
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Protocol
 
@@ -92,6 +92,11 @@ class Scheduler:
             self._tell_core()
         return self._state
 
+    @property
+    def models(self) -> Collection[ModelId]:
+        """All there are. Requests change nothing about that, so this is no look at the state."""
+        return self._state.engines
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Scheduler"]:
         """Carry out orders for the duration of the block; then cancel what is still under way.
@@ -136,11 +141,14 @@ class Scheduler:
             while self._inbox:
                 self._take(self._inbox.popleft())
         except BaseException as error:
-            if not self._broken.done():
-                self._broken.set_exception(error)
+            self._defect(error)
             raise
         finally:
             self._stepping = False
+
+    def _defect(self, error: BaseException) -> None:
+        if not self._broken.done():
+            self._broken.set_exception(error)
 
     def _take(self, event: Event) -> None:
         if self._brief.serving:
@@ -165,14 +173,18 @@ class Scheduler:
     def _tell_core(self) -> None:
         """What has been brief until now. It has changed nothing, so all of it is still quick."""
         events, running = self._brief.take()
-        for at, event in events:
-            outcome = quick(self._state, event, at, calm=True)
-            if outcome is None:
-                raise AssertionError(f"{event} came to a model that does not serve")
-            self._state = outcome.state
-        for lease, noticed in running:
-            self._leases[lease.ticket.id] = lease
-            noticed()
+        self._leases.update((lease.ticket.id, lease) for lease, _ in running)
+        try:
+            for at, event in events:
+                outcome = quick(self._state, event, at, calm=True)
+                if outcome is None:
+                    raise AssertionError(f"{event} came to a model that does not serve")
+                self._state = outcome.state
+            for _, noticed in running:
+                noticed()
+        except BaseException as error:
+            self._defect(error)
+            raise
 
     def _rearm(self, at: float | None) -> None:
         """The instant is kept here: uvloop's handle of a timer that is all but due knows none."""

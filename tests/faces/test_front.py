@@ -23,7 +23,10 @@ from homegptd.runtime.lease import Lease
 from . import box
 from .box import (
     CHAT,
+    DONE,
+    END,
     HELLO,
+    SSE,
     STREAM,
     Asked,
     Box,
@@ -33,6 +36,7 @@ from .box import (
     dying_after,
     in_turn,
     saying,
+    token,
 )
 
 GOOD = answer({"choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}]})
@@ -509,6 +513,122 @@ async def test_a_silent_engine_is_given_up_in_time(path: Path) -> None:
         assert "said nothing for 0.4" in reply.error["message"]
         assert loop.time() - began > 0.3
         await settled(b, 2)
+
+
+async def test_an_engine_that_speaks_slowly_is_not_silent(path: Path) -> None:
+    async def script(asked: Asked) -> None:
+        asked.writer.write(GOOD[:-8])
+        for at in range(len(GOOD) - 8, len(GOOD)):
+            await asyncio.sleep(0.1)
+            asked.writer.write(GOOD[at : at + 1])
+
+    limits = Limits(first_byte_s=0.5, between_bytes_s=0.5)
+    scripts = after_a_good_one(script)
+    async with Engine(path, scripts).running(), box.running({"chat": path}, limits=limits) as b:
+        client = await b.connect()
+        for _ in range(2):
+            assert (await client.ask(content=HELLO)).status == 200
+
+
+async def test_after_a_head_it_may_be_silent_as_long_as_between_two_pieces(path: Path) -> None:
+    async def script(asked: Asked) -> None:
+        asked.writer.write(GOOD[:-8])
+        await asked.hung_up()
+
+    limits = Limits(first_byte_s=60.0, between_bytes_s=0.2)
+    scripts = after_a_good_one(script)
+    async with Engine(path, scripts).running(), box.running({"chat": path}, limits=limits) as b:
+        client = await b.connect()
+        await client.ask(content=HELLO)
+        reply = await client.ask(content=HELLO)
+        assert "said nothing for 0.2" in reply.error["message"]
+
+
+async def test_a_connection_made_anew_has_all_its_time(path: Path) -> None:
+    async def closes_late(asked: Asked) -> None:
+        await asyncio.sleep(0.5)
+        asked.writer.close()
+
+    async def late(asked: Asked) -> None:
+        await asyncio.sleep(0.4)
+        asked.writer.write(GOOD)
+
+    script, limits = in_turn(saying(GOOD), closes_late, late), Limits(first_byte_s=0.7)
+    async with Engine(path, script).running(), box.running({"chat": path}, limits=limits) as b:
+        client = await b.connect()
+        for _ in range(2):
+            assert (await client.ask(content=HELLO)).status == 200
+
+
+async def test_the_first_event_of_a_stream_nobody_asked_for_is_timed(path: Path) -> None:
+    async def script(asked: Asked) -> None:
+        await asyncio.sleep(0.3)
+        asked.writer.write(SSE + token("x", "stop") + DONE + END)
+
+    async with Engine(path, script).running(), box.running({"chat": path}) as b:
+        await b.ask(content=HELLO)
+        await settled(b, 1)
+        assert b.accounts.snapshot()[0].first_token.sum_s > 0.25
+
+
+async def test_who_was_noticed_once_can_be_cut_on_another_connection(path: Path) -> None:
+    close = asyncio.Event()
+
+    async def closes(asked: Asked) -> None:
+        await close.wait()
+        asked.writer.close()
+
+    script = in_turn(saying(GOOD), closes, never, echo)
+    async with Engine(path, script).running() as engine, box.running({"chat": path}) as b:
+        client = await b.connect()
+        await client.ask(content=HELLO)
+        client.send(content=HELLO)
+        await b.until(lambda: len(engine.asked) == 2)
+        assert b.leases() == 1
+        close.set()
+        await b.until(lambda: len(engine.asked) == 3)
+        cut(b)
+        assert (await client.reply()).json["body"] == HELLO
+        await settled(b, 2)
+
+
+async def test_heads_that_differ_each_time_leave_nothing(path: Path) -> None:
+    async with Engine(path, saying(GOOD)).running(), box.running({"chat": path}) as b:
+        client, ticks = await b.connect(), b.door.express.means.pool.ticks
+        for number in range(20):
+            await client.ask(content=HELLO, more=f"X-Request-Id: {number}\r\n")
+        assert sum(map(len, ticks._counting.values())) == 0
+        assert b.fronts() == 1
+
+
+async def test_an_idle_connection_knows_nothing_of_who_used_it(path: Path) -> None:
+    async with Engine(path, saying(GOOD)).running(), box.running({"chat": path}) as b:
+        client = await b.connect()
+        for _ in range(3):
+            await client.ask(content=HELLO)
+            [[idle]] = b.door.express.means.pool._idle.values()
+            assert (idle._whole, idle._sink, idle._raw) == (None, None, b"")
+
+
+@pytest.mark.parametrize("first", [True, False])
+async def test_who_has_just_left_has_no_answer(path: Path, *, first: bool) -> None:
+    script = never if first else after_a_good_one(never)
+    async with Engine(path, script).running() as engine, box.running({"chat": path}) as b:
+        client = await b.connect()
+        if not first:
+            await client.ask(content=HELLO)
+        client.send(content=HELLO)
+        await b.until(lambda: len(engine.asked) == (1 if first else 2))
+        [connection] = b.server.connections
+        assert isinstance(connection, front.Front)
+        assert connection._exchange is not None
+        up = connection._exchange._connection
+        assert up is not None
+        assert connection.transport is not None
+        connection.transport.abort()  # heard of in the next turn of the loop
+        up.data_received(GOOD)
+        await settled(b, 1 if first else 2)
+        assert b.accounts.snapshot()[0].aborted == 1
 
 
 async def test_the_clock_stops_when_nothing_runs(path: Path) -> None:

@@ -265,17 +265,6 @@ def test_a_whole_answer_is_what_the_parser_would_have_made_of_it(
 LIKE_VLLM = [b"date: Thu, 26 Nov 2026 10:00:00 GMT", b"server: uvicorn", JSON]
 
 
-@pytest.mark.parametrize("cut", [1, 20, 100, 130, 140])
-def test_an_answer_that_comes_in_two_pieces_is_whole_too(pool: Pool, cut: int) -> None:
-    """uvicorn writes a head and its body apart."""
-    answer = said(200, LIKE_VLLM, 2, b"{}" * 10)
-    end = answer.index(b"{}")
-    sink = second(pool, answer, [answer[:cut], answer[cut:]], whole=True)
-    assert sink is not None
-    assert (sink.body, sink.ended) == (b"{}" * 10, True)
-    assert sink.whole == (cut >= end)
-
-
 @pytest.mark.parametrize(
     "other",
     [said(500, LIKE_VLLM, 2, b"{}"), said(200, LIKE_VLLM, 1, b"{}"),
@@ -289,22 +278,44 @@ def test_another_head_is_parsed(pool: Pool, other: bytes) -> None:
     assert (sink.ended, sink.whole, sink.body) == (True, 0, b"{}")
 
 
-def test_a_large_answer_is_not_kept_until_it_is_whole(pool: Pool) -> None:
-    answer = said(200, LIKE_VLLM, 2, b"x" * 100_000)
-    sink = second(pool, answer, [answer[:1000]], whole=True)
-    assert sink is not None
-    assert sink.head is not None
-    assert answer.endswith(sink.body + answer[1000:])
-
-
-def test_a_part_of_an_answer_is_no_idle_connection(pool: Pool) -> None:
+@pytest.mark.parametrize("cut", [1, 20, 100, 130, 140])
+def test_an_answer_in_pieces_is_heard_piece_by_piece(pool: Pool, cut: int) -> None:
     answer = said(200, LIKE_VLLM, 2, b"{}" * 10)
-    sink = second(pool, answer, [answer[:-1]], whole=True)
+    sink = second(pool, answer, [answer[:cut], answer[cut:-1]], whole=True)
     assert sink is not None
-    assert sink.head is None
+    assert sink.body == b"{}" * 9 + b"{"
     assert not sink.connection.silent
     sink.connection.connection_lost(None)
     assert sink.lost == "closed the connection"
+
+
+def test_an_answer_in_the_body_of_another_is_none(pool: Pool) -> None:
+    inner = said(200, LIKE_VLLM, 2, b"{}")
+    outer = said(200, LIKE_VLLM, 2, inner)
+    sink = second(pool, inner, [outer[: -len(inner)], inner], whole=True)
+    assert sink is not None
+    assert (sink.body, sink.ended, sink.whole) == (inner, True, 0)
+
+
+@pytest.mark.parametrize("lead", [b"\r\n", b"\r\n\r\n"])
+def test_an_answer_begins_with_its_head(pool: Pool, lead: bytes) -> None:
+    answer = said(200, LIKE_VLLM, 2, b"{}")
+    sink = heard(pool, [lead + answer])
+    assert "before its answer" in sink.lost
+    assert sink.head is None
+    later = second(pool, answer, [lead + answer], whole=True)
+    assert later is not None
+    assert "before its answer" in later.lost
+
+
+@pytest.mark.parametrize("more", [b"\r\n", b"\r\n\r\n"])
+@pytest.mark.parametrize("reads", [[said(200, LIKE_VLLM, 2, b"{}")], [HEAD, chunk(b"one"), END]])
+def test_empty_lines_after_an_answer_are_too_much(
+    pool: Pool, reads: list[bytes], more: bytes
+) -> None:
+    sink = heard(pool, [*reads[:-1], reads[-1] + more])
+    assert "more than one" in sink.lost
+    assert not sink.ended
 
 
 def test_what_comes_after_a_whole_answer_is_nobodys(pool: Pool) -> None:

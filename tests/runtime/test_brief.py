@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from homegptd.core.model import Act, Awake
+from homegptd.core.model import Act, Awake, Exit
 from homegptd.core.quick import LOOK_AGAIN_S
 from homegptd.core.refusals import Reason
 from homegptd.runtime.lease import Lease
@@ -38,49 +39,58 @@ def by_steps(scheduler: Scheduler) -> Lease:
 
 ACTS = st.lists(
     st.one_of(
-        st.just("open"),
+        st.just(("open", 0)),
+        st.just(("open", 0)),
         st.tuples(st.sampled_from(["served", "left"]), st.integers(0, 5)),
         st.tuples(st.just("wait"), st.sampled_from([0.0, 0.01, LOOK_AGAIN_S, 1.0, 40.0])),
-        st.just("look"),
-        st.just("a stream"),
+        st.just(("look", 0)),
+        st.just(("a stream", 0)),
+        st.tuples(st.sampled_from([Act.SWITCH, Act.SLEEP, Act.STOP]), st.sampled_from([A, B])),
+        st.just(("dies", 0)),
     ),
     max_size=25,
 )
 
 
 @given(ACTS)
-@settings(max_examples=150, deadline=None)
-def test_the_state_is_what_steps_would_have_made_it(acts: list[str | tuple[str, float]]) -> None:
-    run(side_by_side(acts))
+@settings(max_examples=200, deadline=None)
+def test_the_state_is_what_steps_would_have_made_it(acts: list[tuple[Any, Any]]) -> None:
+    assert run(life(acts, brief=True)) == run(life(acts, brief=False))
 
 
-async def side_by_side(acts: list[str | tuple[str, float]]) -> None:
-    async with Small().running() as one, Small().running() as other:
-        await one.until_booted()
-        await other.until_booted()
-        pairs: list[tuple[Lease, Lease]] = []
-        for act in [*acts, "look"]:
+async def life(acts: list[tuple[Any, Any]], *, brief: bool) -> list[object]:
+    """Every state that is looked at, and the whole story."""
+    async with Small().running() as small:
+        await small.until_booted()
+        scheduler, seen, leases = small.scheduler, list[object](), list[Lease]()
+        for act, more in acts:
             match act:
                 case "open":
-                    pairs.append((at_once(one.scheduler), by_steps(other.scheduler)))
+                    lease = scheduler.lease_at_once(A, nobody) if brief else None
+                    leases.append(lease or by_steps(scheduler))
                 case "a stream":
-                    pairs.append((by_steps(one.scheduler), by_steps(other.scheduler)))
-                case ("wait", seconds):
-                    await asyncio.sleep(seconds)
-                case ("served" | "left", number) if pairs:
-                    for lease in pairs.pop(int(number) % len(pairs)):
-                        if act[0] == "served":
-                            lease.served()
-                        lease.close()
+                    leases.append(by_steps(scheduler))
+                case "wait":
+                    await asyncio.sleep(more)
+                case "served" | "left" if leases:
+                    lease = leases.pop(more % len(leases))
+                    if act == "served":
+                        lease.served()
+                    lease.close()
                 case "look":
-                    assert one.scheduler.state == other.scheduler.state
+                    seen.append(scheduler.state)
+                case "dies":
+                    small.engines[A].end(Exit(9, "was killed"))
+                case Act():
+                    scheduler.operate(act, more, by="a test", cut=True)
                 case _:
                     pass
-        for each in pairs:
-            for lease in each:
-                lease.close()
-        assert one.scheduler.state == other.scheduler.state
-        assert one.nothing_is_left()
+        seen += [scheduler.state, [lease.cut.done() for lease in leases]]
+        for lease in leases:
+            lease.close()
+        seen += [scheduler.state, small.lines]
+        assert small.nothing_is_left()
+    return seen
 
 
 @jumping
@@ -153,3 +163,32 @@ async def test_a_stop_that_nobody_has_waited_for_finds_them() -> None:
         assert lease.cut.done()
         lease.close()
         assert small.nothing_is_left()
+
+
+@jumping
+async def test_what_was_brief_is_told_in_its_order() -> None:
+    async with Small().running() as small:
+        await small.until_booted()
+        first = at_once(small.scheduler)
+        first.close()
+        await asyncio.sleep(LOOK_AGAIN_S / 2)
+        second = at_once(small.scheduler)
+        began = small.loop.time()
+        await asyncio.sleep(LOOK_AGAIN_S / 4)
+        assert small.engine(A).last_used == began
+        second.close()
+
+
+@jumping
+async def test_one_that_was_served_is_enough_to_trust_an_engine_again() -> None:
+    async with Small().running() as small:
+        await small.until_booted()
+        small.engines[A].end(Exit(9, "was killed"))
+        await small.until(lambda: not isinstance(small.engine(A).phase, Awake))
+        await small.until(lambda: isinstance(small.engine(A).phase, Awake))
+        assert small.engine(A).failures == 1
+        served, left = at_once(small.scheduler), at_once(small.scheduler)
+        served.served()
+        served.close()
+        left.close()
+        assert small.engine(A).failures == 0
