@@ -34,7 +34,7 @@ _decoder = msgspec.json.Decoder(_Chat)
 
 def is_task(body: Body) -> bool:
     """Whether an unstreamed chat is one of them. Costs a byte search for every other one."""
-    if not isinstance(body, bytes) or len(body) > _LARGEST or _MARK not in body:
+    if not isinstance(body, bytes) or len(body) > _LARGEST or body.rfind(_MARK) < 0:
         return False
     try:
         messages = _decoder.decode(body).messages

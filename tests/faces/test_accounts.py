@@ -315,3 +315,20 @@ async def test_status_has_the_accounts(path: Path) -> None:
     assert told["first_token_s"] is not None
     assert told["first_token_s"] >= 0
     assert (told["tokens_read"], told["tokens_written"]) == (7, 5)
+
+
+def test_answers_that_came_at_once_are_counted_together_and_soon() -> None:
+    accounts, model = Accounts(), ModelId("a")
+    small = b'{"usage":{"prompt_tokens":3,"completion_tokens":2}}'
+    large = small.ljust(10_000)
+    for number in range(1, 101):
+        accounts.close_at_once(model, "", small)
+        assert len(accounts._later) < 40
+        if number % 7 == 0:
+            [account] = accounts.snapshot()
+            assert (account.requests, account.answered, account.waited.count) == (number,) * 3
+    accounts.close_at_once(model, "", b"{}")
+    accounts.close_at_once(model, "", large)
+    assert accounts._later == []
+    [account] = accounts.snapshot()
+    assert (account.tokens_read, account.tokens_written, account.uncounted) == (303, 202, 1)
