@@ -50,6 +50,7 @@ class Lane(Struct, frozen=True):
     """Its head, but for the length."""
     outlet: Outlet
     key: str
+    """The name of who asks; empty without keys."""
     address: Address
     limits: Limits
     tick_s: float
