@@ -206,7 +206,7 @@ class Bench:
             f" Bodies answered by the wrong model: {self.wrong}.",
             f"{versions}.",
         ]
-        report.notes += [f"missed: {text}" for text in self._missed()]
+        report.notes += self._missed()
         return report
 
     def _missed(self) -> list[str]:
@@ -214,8 +214,11 @@ class Bench:
         for measure in self.measures.values():
             for peer, goal in measure.goals.items():
                 ratio = _ratio(measure, peer)
-                if ratio < goal if measure.least else ratio > goal:
-                    found.append(f"{measure.name}: {ratio:.3g} times {peer}, goal {goal:.3g}")
+                if isnan(ratio) and measure.of(peer):
+                    found.append(f"cannot be told: {measure.name}, beside {peer}")
+                elif ratio < goal if measure.least else ratio > goal:
+                    text = f"{measure.name}: {ratio:.3g} times {peer}, goal {goal:.3g}"
+                    found.append(f"missed: {text}")
         return found
 
 

@@ -135,7 +135,8 @@ class Exchange:
             return False
         client.write(data)
         self._whole = data
-        self._lease.served()
+        if not client.is_closing():  # by now uvloop knows of one that is gone
+            self._lease.served()
         self._tell()
         return True
 
@@ -148,9 +149,11 @@ class Exchange:
             self._answers()
 
     def tick(self) -> None:
-        self.noticed()
+        self._noticed = True
+        if self._connection is not None:
+            self._answers(self._lane.tick_s)  # the next tick comes only after that
 
-    def _answers(self) -> Answer:
+    def _answers(self, more_s: float = 0.0) -> Answer:
         if self._answer is None:
             lane, pool = self._lane, self._lane.means.pool
             connection = cast("Connection", self._connection)  # or nobody would have called
@@ -158,7 +161,8 @@ class Exchange:
                 lane.outlet, replace(lane.ask, body=self._body), connection, self._lease,
                 lane.limits, self._in_the_books(), pool, None,
             )  # fmt: skip
-            self._answer.take_over(self._over, pool.loop.time() - self._since)
+            waited_s = min(pool.loop.time() - self._since, lane.tick_s)  # or time stood still
+            self._answer.take_over(self._over, waited_s + more_s)
         return self._answer
 
     def on_head(self, head: Head) -> None:
@@ -195,7 +199,7 @@ class Exchange:
         """Release it and count it. `answered`: unless there is a `problem`."""
         self.release()
         lane, accounts = self._lane, self._lane.means.accounts
-        if self._whole:
+        if self._whole and answered:
             accounts.close_at_once(lane.model, lane.key, self._whole)
             return
         record = self._in_the_books()

@@ -40,8 +40,8 @@ class Sink(Protocol):
 
 Whole: TypeAlias = Callable[[bytes, int], bool]
 """Gets a whole answer of JSON, head and body, and where its body starts. Its status is 200, and
-nothing in its head is for this connection alone. Whether it wants no more of it; else the sink gets
-it piece by piece."""
+nothing in its head is for this connection alone. Returns whether it took the answer; else the sink
+gets it."""
 
 
 class Connection(asyncio.Protocol):
@@ -198,7 +198,7 @@ class Connection(asyncio.Protocol):
         return whole(data, split[1])
 
     def _is_too_much(self, data: bytes) -> bool:
-        """Also by empty lines: the parser skips them, and the client would get them."""
+        """Also by an empty line: the parser skips it, and the client would get it."""
         if self._due is None:
             return self.complete and data.endswith(b"\r\n\r\n\r\n")
         self._due -= len(data)
@@ -227,7 +227,7 @@ class Connection(asyncio.Protocol):
         head = self._head()
         self._chunked = head.chunked
         if head.length is not None:
-            self._due = head.length
+            self._due = 0 if head.status in (204, 304) else head.length
             self._frame = framed(raw, head)
         sink.on_head(head)
         return rest

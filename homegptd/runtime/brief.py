@@ -1,8 +1,9 @@
 """What the core has not been told of yet, because nobody has looked: short leases of awake models.
 
 An awake model that nobody else wants serves request after request, and each is two steps that leave
-everything as it was but for a few times. So they are noted here, and become events, as they were
-and in their order, before the next event is taken and before anybody sees the state.
+everything as it was but for a few times. So they are noted here. Those that still run and the last
+one of each model become events, as they were and in their order, before the next event is taken and
+before anybody sees the state.
 """
 
 from __future__ import annotations

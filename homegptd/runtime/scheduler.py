@@ -255,7 +255,7 @@ class Scheduler:
         where the model does not serve, or where somebody wants something else of the box.
         """
         brief = self._brief
-        if self._stepping or self._emptied is not None:
+        if self._stepping or self._emptied is not None or self._broken.done():
             return None
         if model not in brief.serving:
             if not serves(self._state, model, calm=self._calm):

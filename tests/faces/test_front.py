@@ -592,6 +592,39 @@ async def test_who_was_noticed_once_can_be_cut_on_another_connection(path: Path)
         await settled(b, 2)
 
 
+class Gone:
+    """A client of which uvloop learns when it writes to it that it is gone."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self.transport = transport
+
+    def is_closing(self) -> bool:
+        return self.transport.is_closing()
+
+    def write(self, data: bytes) -> None:
+        self.transport.abort()
+
+
+async def test_who_turns_out_to_be_gone_has_no_answer(path: Path) -> None:
+    go = asyncio.Event()
+    script = after_a_good_one(echo_after(go))
+    async with Engine(path, script).running() as engine, box.running({"chat": path}) as b:
+        client = await b.connect()
+        await client.ask(content=HELLO)
+        client.send(content=HELLO)
+        await b.until(lambda: len(engine.asked) == 2)
+        [connection] = b.server.connections
+        assert isinstance(connection, front.Front)
+        exchange = connection._exchange
+        assert exchange is not None
+        outlet: Any = exchange._lane.outlet
+        outlet.transport = Gone(outlet.transport)
+        go.set()
+        await settled(b, 2)
+        assert b.accounts.snapshot()[0].aborted == 1
+        assert not exchange._lease._served
+
+
 async def test_heads_that_differ_each_time_leave_nothing(path: Path) -> None:
     async with Engine(path, saying(GOOD)).running(), box.running({"chat": path}) as b:
         client, ticks = await b.connect(), b.door.express.means.pool.ticks

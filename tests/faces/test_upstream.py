@@ -318,6 +318,13 @@ def test_empty_lines_after_an_answer_are_too_much(
     assert not sink.ended
 
 
+@pytest.mark.parametrize("status", [204, 304])
+def test_an_empty_line_after_no_body_is_too_much(pool: Pool, status: int) -> None:
+    answer = said(status, LIKE_VLLM, 2, b"123456789")[:-9]
+    assert heard(pool, [answer]).ended
+    assert "more than one" in heard(pool, [answer + b"\r\n"]).lost
+
+
 def test_what_comes_after_a_whole_answer_is_nobodys(pool: Pool) -> None:
     answer = said(200, LIKE_VLLM, 2, b"{}" * 10)
     sink = second(pool, answer, [answer + b"x"], whole=True)
