@@ -245,7 +245,8 @@ class Router:
     ) -> web.StreamResponse:
         """Once, and once more where the engine was lost before the answer began.
 
-        A try that did not even reach the engine does not count, but is made only once more too.
+        A try that an operator cut, or that did not even reach the engine, does not count; but there
+        are three at most.
         """
         sent = tries = 0
         while True:
@@ -255,10 +256,10 @@ class Router:
                 return await self._try(request, wanted, record, replay=tries > 0)
             except Broken as broken:
                 tries += 1
-                sent += broken.sent
+                sent += broken.sent and broken.refusal.reason is not Reason.CUT
                 if not broken.again or sent > 1 or tries > 2:
                     raise
-                record.retried = sent > 0
+                record.retried = record.retried or broken.sent
                 log.info("%s; sending the request again", broken.refusal.message)
                 settings = self._settings
                 patience_s = settings.notice_s if broken.sent else settings.notice_death_s

@@ -10,6 +10,7 @@ import pytest
 from homegptd.core.commands import Start
 from homegptd.core.events import StartEnded
 from homegptd.core.model import Act, Awake, Down, Failure, Policy
+from homegptd.core.refusals import Reason, Refusal
 
 from . import box
 from .box import CHAT, HELLO, SSE, STREAM, Asked, Engine, answer, dying_after, in_turn, saying
@@ -56,6 +57,37 @@ async def test_what_has_effects_is_not_sent_again_after_a_cut(path: Path) -> Non
         b.desk.begin(Act.STOP, "chat", by="test", cut=True)
         assert (await client.reply()).error["code"] == "cut"
         assert len(engine.asked) == 1
+
+
+@pytest.mark.parametrize("lost_first", [False, True])
+async def test_an_operators_cut_is_no_second_loss(path: Path, *, lost_first: bool) -> None:
+    """Who was cut to make room and then lost with its engine has been lost once."""
+    die = asyncio.Event()
+
+    async def dies(asked: Asked) -> None:
+        await die.wait()
+        asked.writer.close()
+
+    async def never(asked: Asked) -> None:
+        await asked.hung_up()
+
+    scripts = (dies, never) if lost_first else (never, dies)
+    script = in_turn(*scripts, saying(answer({"ok": True})))
+    async with Engine(path, script).running() as engine:
+        async with box.running({"chat": path}, notice_s=0.05) as b:
+            client = await b.connect()
+            client.send(content=HELLO)
+            for number, each in enumerate(scripts, start=1):
+                await b.until(lambda number=number: len(engine.asked) == number)  # type: ignore[misc]
+                if each is dies:
+                    die.set()
+                else:
+                    await b.until(lambda: b.leases() == 1)
+                    for lease in list(b.scheduler._leases.values()):
+                        lease.cut.set_result(Refusal(Reason.CUT, "a test", retry_after_s=0.1))
+            assert (await client.reply()).json == {"ok": True}
+            assert len(engine.asked) == 3
+        assert b.accounts.snapshot()[0].retried == 1
 
 
 async def test_what_did_not_reach_the_engine_had_no_effects(path: Path) -> None:
