@@ -132,8 +132,7 @@ class Front(Tells):
             elif self.held and not gone:
                 self._read(go_on=True)
                 self._look()
-        if self._idle is not None:
-            self._tell_idle()
+        self._tell_idle()
 
     def _read(self, *, go_on: bool) -> None:
         transport = self.transport
