@@ -138,7 +138,7 @@ class Bodies:
         `directory` is for the files, which nobody sees; None: where the system has its own.
         """
         self.most, self.in_memory, self.directory = most, in_memory, directory
-        self.held = self.held_in_memory = 0
+        self.held_in_memory = self.held_on_disk = 0
         self.again_s: Callable[[], float | None] = lambda: None
         """When there may be room again, in seconds: the router's guess."""
 
@@ -146,16 +146,19 @@ class Bodies:
         """`with bodies.hold() as hold`: room for one body, given back at the end of the block."""
         return Hold(self)
 
+    @property
+    def held(self) -> int:
+        return self.held_in_memory + self.held_on_disk
+
     def take(self, size: int) -> bool:
         """Whether there is room for a small body beside all others. Then it is to be given back."""
-        held, in_memory = self.held + size, self.held_in_memory + size
-        if held > self.most or in_memory > self.in_memory:
+        size += self.held_in_memory
+        if size > self.in_memory or size + self.held_on_disk > self.most:
             return False
-        self.held, self.held_in_memory = held, in_memory
+        self.held_in_memory = size
         return True
 
     def give_back(self, size: int) -> None:
-        self.held -= size
         self.held_in_memory -= size
 
     def full(self, text: str) -> Denied:
@@ -183,10 +186,10 @@ class Hold:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bodies.held -= self._size
         if self._file is None:
             self._bodies.held_in_memory -= self._size
         else:
+            self._bodies.held_on_disk -= self._size
             self._file.close()
 
     async def receive(self, request: web.BaseRequest, limit: int) -> Body:
@@ -221,8 +224,8 @@ class Hold:
             raise _too_large(limit)
         self._must_fit(len(piece))
         self._size = size
-        bodies.held += len(piece)
         if self._file is not None:
+            bodies.held_on_disk += len(piece)
             self._write(self._file, piece)
             return
         bodies.held_in_memory += len(piece)
@@ -244,6 +247,7 @@ class Hold:
             raise self._no_disk(error) from None
         self._file = file
         self._bodies.held_in_memory -= self._size
+        self._bodies.held_on_disk += self._size
         pieces, self._pieces = self._pieces, []
         for piece in pieces:
             self._write(file, piece)
