@@ -39,9 +39,9 @@ from homegptd.faces.control import ControlServer
 from homegptd.faces.desk import Desk
 from homegptd.faces.guard import Guard
 from homegptd.faces.methods import Refused
+from homegptd.faces.pool import Address
 from homegptd.faces.router import Settings as RouterSettings
 from homegptd.faces.stored import Stored
-from homegptd.faces.upstream import Address
 from homegptd.runtime.bootstrap import observe
 from homegptd.runtime.heartbeat import Heartbeat
 from homegptd.runtime.keeper import Keeper, Pins

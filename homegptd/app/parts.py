@@ -20,8 +20,8 @@ from homegptd.core.model import Engine, ModelId, State
 from homegptd.faces.ask import Limits
 from homegptd.faces.bodies import Bodies
 from homegptd.faces.early import Pace
+from homegptd.faces.pool import Address
 from homegptd.faces.router import Settings as RouterSettings
-from homegptd.faces.upstream import Address
 from homegptd.runtime.keeper import recall
 
 from .access import engine_key

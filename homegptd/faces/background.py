@@ -28,8 +28,8 @@ from homegptd.runtime.scheduler import Scheduler
 from .accounts import Accounts, End, Record
 from .ask import Limits
 from .clients import asking
+from .pool import Address
 from .stored import Stored
-from .upstream import Address
 
 log = logging.getLogger(__name__)
 

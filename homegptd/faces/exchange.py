@@ -1,7 +1,7 @@
 """One request on the short way, with an engine that is awake.
 
 Most answers come whole and go on as they came. Any other is an `Answer`'s, and so is one that is
-not there when the clock ticks, or when somebody wants something else of the box.
+not there when the core hears of it: soon, or when somebody wants something else of the box.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import cast
 from msgspec import Struct
 from msgspec.structs import replace
 
-from homegptd.core.model import ModelId
+from homegptd.core.model import ModelId, TicketId
+from homegptd.core.quick import LOOK_AGAIN_S
+from homegptd.runtime.brief import Brief
 from homegptd.runtime.lease import Lease
 from homegptd.runtime.scheduler import Scheduler
 
@@ -24,25 +26,20 @@ from .bodies import Bodies
 from .cuts import ABORT
 from .heads import Head
 from .outlet import Outlet
+from .pool import Upstream
 from .relay import Answer, connect, fault
-from .upstream import Address, Connection, Pool
+from .upstream import Connection
 
 log = logging.getLogger(__name__)
-
-
-class Means(Struct, frozen=True):
-    """What all of them share."""
-
-    scheduler: Scheduler
-    bodies: Bodies
-    accounts: Accounts
-    pool: Pool
 
 
 class Lane(Struct, frozen=True):
     """What is so for all that come over one connection, with one head, for one model."""
 
-    means: Means
+    scheduler: Scheduler
+    brief: Brief
+    bodies: Bodies
+    accounts: Accounts
     model: ModelId
     ask: Ask
     """Without a body."""
@@ -51,72 +48,67 @@ class Lane(Struct, frozen=True):
     outlet: Outlet
     key: str
     """The name of who asks; empty without keys."""
-    address: Address
+    upstream: Upstream
     limits: Limits
-    tick_s: float
     passes_whole: bool
     """Whether an answer can go on as it came."""
 
 
 class Exchange:
-    """`enter` and `begin`, and `end` or `release` when it has told its end, or before."""
+    """`begin`, and `end` or `release` when it has told its end, or before."""
 
     __slots__ = (
-        "_answer", "_body", "_connecting", "_connection", "_lane", "_lease", "_noticed", "_record",
-        "_since", "_tell", "_whole", "keep_alive", "problem",
+        "_answer", "_asked_at", "_body", "_connecting", "_connection", "_lane", "_lease", "_record",
+        "_tell", "_whole", "keep_alive", "model", "problem", "since", "ticket",
     )  # fmt: skip
+    ticket: TicketId
+    since: float
 
     def __init__(self, lane: Lane, body: bytes) -> None:
-        self._lane, self._body = lane, body
+        self.model, self._lane, self._body = lane.model, lane, body
         self._connection: Connection | None = None
         self._connecting: asyncio.Task[None] | None = None
-        self._noticed = False
+        self._lease: Lease | None = None
         self._answer: Answer | None = None
         self._record: Record | None = None
+        self._asked_at = 0.0
         self._whole = b""
         self.keep_alive = True
         self.problem: Broken | None = None
         """How it ended, if not well."""
 
-    def enter(self) -> bool:
-        """Whether there is room for it, and the model serves. Then it has to be ended."""
-        lane, bodies = self._lane, self._lane.means.bodies
-        if not bodies.take(len(self._body)):
+    def begin(self, tell: Callable[[], None]) -> bool:
+        """Whether there is room for it, and the model serves. Then it has to be ended, and `tell`
+        is called once, perhaps before this returns."""
+        lane, size = self._lane, len(self._body)
+        if not lane.bodies.take(size):
             return False
-        lease = lane.means.scheduler.lease_at_once(lane.model, self.noticed)
-        if lease is None:
-            bodies.give_back(len(self._body))
+        if not lane.brief.hold(self):
+            lane.bodies.give_back(size)
             return False
-        self._lease: Lease = lease
-        self._since = lease.ticket.since
-        lane.means.pool.ticks.join(self, lane.tick_s)
-        return True
-
-    def begin(self, tell: Callable[[], None]) -> None:
-        """`tell` is called once, perhaps before this returns."""
         self._tell = tell
-        connection = self._lane.means.pool.take(self._lane.address)
+        connection = lane.upstream.take()
         if connection is None:
             self._begin_anew()
         else:
             self._send(connection)
+        return True
 
     def _begin_anew(self) -> None:
-        loop = self._lane.means.pool.loop
+        loop = self._lane.upstream.pool.loop
         self._connecting = loop.create_task(self._connect(), name="connect")
 
     async def _connect(self) -> None:
-        lane = self._lane
+        lane, pool = self._lane, self._lane.upstream.pool
         try:
-            connection = await connect(lane.means.pool, lane.address, self._lease)
+            connection = await connect(lane.upstream, lane.model)
         except Broken as broken:
             self.problem = broken
         except Exception as error:
-            log.exception("cannot connect to %s", lane.address)
-            self.problem = Broken(fault(self._lease, f"cannot be reached ({error})"), sent=False)
+            log.exception("cannot connect to %s", lane.upstream.address)
+            self.problem = Broken(fault(lane.model, f"cannot be reached ({error})"), sent=False)
         else:
-            self._connecting = None
-            self._since = lane.means.pool.loop.time()
+            self._connecting, self._asked_at = None, pool.loop.time()
             self._send(connection)
             return
         self._connecting = None
@@ -124,7 +116,7 @@ class Exchange:
 
     def _send(self, connection: Connection) -> None:
         lane, body, self._connection = self._lane, self._body, connection
-        if self._noticed:
+        if self._lease is not None:
             self._answers()
         whole = self._pass_on if lane.passes_whole else None
         connection.send(self, b"%s%d\r\n\r\n" % (lane.begin, len(body)), body, whole)
@@ -134,35 +126,31 @@ class Exchange:
         if client.is_closing() or data.rfind(ABORT, start) >= 0:
             return False
         client.write(data)
-        self._whole = data
         if not client.is_closing():  # by now uvloop knows of one that is gone
-            self._lease.served()
+            self._whole = data
         self._tell()
         return True
 
     # ------------------------------------------------------------ what takes more than that
 
-    def noticed(self) -> None:
+    def noticed(self, lease: Lease) -> None:
         """From now on it can be cut, and time counts."""
-        self._noticed = True
+        self._lease = lease
         if self._connection is not None:
             self._answers()
 
-    def tick(self) -> None:
-        self._noticed = True
-        if self._connection is not None:
-            self._answers(self._lane.tick_s)  # the next tick comes only after that
-
-    def _answers(self, more_s: float = 0.0) -> Answer:
+    def _answers(self) -> Answer:
+        lane, pool = self._lane, self._lane.upstream.pool
+        if self._lease is None:
+            lane.scheduler.tell_core()  # which calls `noticed`
         if self._answer is None:
-            lane, pool = self._lane, self._lane.means.pool
             connection = cast("Connection", self._connection)  # or nobody would have called
             self._answer = Answer(
-                lane.outlet, replace(lane.ask, body=self._body), connection, self._lease,
-                lane.limits, self._in_the_books(), pool, None,
+                lane.outlet, replace(lane.ask, body=self._body), connection,
+                cast("Lease", self._lease), lane.limits, self._in_the_books(), pool, None,
             )  # fmt: skip
-            waited_s = min(pool.loop.time() - self._since, lane.tick_s)  # or time stood still
-            self._answer.take_over(self._over, waited_s + more_s)
+            waited_s = pool.loop.time() - (self._asked_at or self.since)
+            self._answer.take_over(self._over, min(waited_s, LOOK_AGAIN_S))  # or time stood still
         return self._answer
 
     def on_head(self, head: Head) -> None:
@@ -190,17 +178,12 @@ class Exchange:
 
     # ------------------------------------------------------------ the end
 
-    @property
-    def to_be_sent_again(self) -> bool:
-        """The client has heard nothing yet: the long way knows what then."""
-        return self.problem is not None and not self.problem.begun
-
     def end(self, *, answered: bool) -> None:
         """Release it and count it. `answered`: unless there is a `problem`."""
         self.release()
-        lane, accounts = self._lane, self._lane.means.accounts
-        if self._whole and answered:
-            accounts.close_at_once(lane.model, lane.key, self._whole)
+        lane = self._lane
+        if self._whole:
+            lane.accounts.close_at_once(lane.model, lane.key, self._whole)
             return
         record = self._in_the_books()
         if self.problem is not None and self.problem.begun:
@@ -208,25 +191,29 @@ class Exchange:
             tell(self.problem)
         elif answered:
             record.end = End.ANSWERED
-        accounts.close(record)
+        lane.accounts.close(record)
 
     def release(self) -> None:
         """Let go of everything. Whoever sends the request again has it in his books."""
-        if self._connecting is not None:
-            self._connecting.cancel()
+        lane, lease = self._lane, self._lease
         if self._answer is not None:
             self._answer.leave()
         elif self._connection is not None:
             self._connection.leave()
-        self._lease.close()
-        means = self._lane.means
-        means.bodies.give_back(len(self._body))
-        means.pool.ticks.leave(self, self._lane.tick_s)
+        elif self._connecting is not None:
+            self._connecting.cancel()
+        if lease is None:
+            lane.brief.let_go(self, served=self._whole != b"")
+        else:
+            if self._whole:
+                lease.served()
+            lease.close()
+        lane.bodies.give_back(len(self._body))
 
     def _in_the_books(self) -> Record:
         if self._record is None:
             self._record = record = Record(self._lane.key)
             record.model = self._lane.model
-            record.granted(self._lease.ticket.id, 0.0)
-            record.arrived -= self._lane.means.pool.loop.time() - self._lease.ticket.since
+            record.granted(self.ticket, 0.0)
+            record.arrived -= self._lane.upstream.pool.loop.time() - self.since
         return self._record

@@ -26,15 +26,14 @@ from .bodies import Bodies
 from .clients import Client
 from .cuts import reads_more
 from .errors import Denied
-from .exchange import Exchange, Lane, Means
+from .exchange import Exchange, Lane
 from .guard import Access, Guard
 from .intake import passed_on
 from .models import Models
 from .outlet import Flows, Outlet
 from .plain import Head
+from .pool import Address, Pool
 from .routes import ROUTES, Route, Where
-from .tasks import is_task
-from .upstream import Address, Pool
 
 _LARGEST = 64 * 1024
 _ROUTES = {
@@ -80,14 +79,13 @@ class Express:
         limits: Callable[[ModelId], Limits],
         bodies: Bodies,
         max_body_bytes: int,
-        tasks_switch: bool,
         accounts: Accounts,
         pool: Pool,
     ) -> None:
         self._models, self.guard = models, guard
         self._addresses, self._engine_keys, self._limits = addresses, engine_keys, limits
-        self._tasks_switch = tasks_switch
-        self.means = Means(scheduler, bodies, accounts, pool)
+        self._scheduler, self._bodies, self._accounts = scheduler, bodies, accounts
+        self.pool = pool
         self.largest = min(_LARGEST, max_body_bytes)
         """Bytes of a body."""
 
@@ -116,13 +114,10 @@ class Express:
     def take(self, known: Known, body: bytes) -> Exchange | None:
         """What is to be begun; None where this request goes the long way."""
         name = openai.named_only(body) if len(body) <= self.largest else None
-        if name is None or (not self._tasks_switch and is_task(body)):
+        if name is None:
             return None
         lane = known.lanes.get(name) or self._new_lane(known, name)
-        if lane is None:
-            return None
-        exchange = Exchange(lane, body)
-        return exchange if exchange.enter() else None
+        return Exchange(lane, body) if lane is not None else None
 
     def _new_lane(self, known: Known, name: str) -> Lane | None:
         model = self._models.as_is(name, known.client, known.route.kinds)
@@ -131,17 +126,19 @@ class Express:
         headers, key = known.headers, self._engine_keys(model)
         if key is not None:
             headers += b"Authorization: Bearer %s\r\n" % key.encode()
-        ask, limits = Ask(known.route.path, headers, b"", known.route.shape), self._limits(model)
+        ask = Ask(known.route.path, headers, b"", known.route.shape)
         known.lanes[name] = lane = Lane(
-            means=self.means,
+            scheduler=self._scheduler,
+            brief=self._scheduler.brief,
+            bodies=self._bodies,
+            accounts=self._accounts,
             model=model,
             ask=ask,
             begin=ask.begin() + b"Content-Length: ",
             outlet=known.outlet,
             key=known.client.name,
-            address=self._addresses(model),
-            limits=limits,
-            tick_s=limits.tick_s,
+            upstream=self.pool.upstream(self._addresses(model)),
+            limits=self._limits(model),
             passes_whole=not (known.outlet.headers or reads_more(ask.path)),
         )
         return lane

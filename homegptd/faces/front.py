@@ -100,11 +100,12 @@ class Front(Tells):
                 exchange = self._express.take(known, held[start:])
             except Exception:
                 log.exception("%s failed on the short way", known.route.path)
-        if exchange is None:
-            self._hand_over()
-            return
-        self._exchange, self._asked = exchange, len(held)
-        exchange.begin(self._ended)
+        if exchange is not None:
+            self._exchange, self._asked = exchange, len(held)
+            if exchange.begin(self._ended):
+                return
+            self._exchange = None
+        self._hand_over()
 
     def _new_head(self) -> Known | None:
         head, transport = plain.read(self.held), self.transport
@@ -120,10 +121,11 @@ class Front(Tells):
         if exchange is None:
             return
         gone = self.transport is None or self.transport.is_closing()
-        again = exchange.to_be_sent_again
+        problem = exchange.problem
+        again = problem is not None and not problem.begun  # the client has heard nothing yet
         if again and not gone:
             exchange.release()
-            self._hand_over(exchange.problem)
+            self._hand_over(problem)
         else:
             exchange.end(answered=not (again or gone))
             self.held = self.held[self._asked :]
@@ -132,7 +134,8 @@ class Front(Tells):
             elif self.held and not gone:
                 self._read(go_on=True)
                 self._look()
-        self._tell_idle()
+        if self._idle is not None:
+            self._tell_idle()
 
     def _read(self, *, go_on: bool) -> None:
         transport = self.transport

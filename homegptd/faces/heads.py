@@ -32,17 +32,18 @@ class Frame:
     Clients and engines send the same one again and again over a connection.
     """
 
-    __slots__ = ("_after", "_before", "_rest", "_start")
+    __slots__ = ("_after", "_before", "_latest", "_rest", "_start")
 
     def __init__(self, head: bytes, length: re.Match[bytes]) -> None:
         """`length`: what `LENGTH` found in it, and will find nowhere else."""
         self._before, self._after = head[: length.start(1)], head[length.end(1) :]
         self._start, self._rest = len(self._before), len(self._after)
+        self._latest = self._start + _MOST_DIGITS + 1
 
     def split(self, data: bytes) -> tuple[int, int] | None:
         """How many bytes the body is to have and where it starts, if data has this head."""
         start = self._start
-        end = data.find(b"\r", start, start + _MOST_DIGITS + 1)
+        end = data.find(b"\r", start, self._latest)
         if end < 0 or not (data.startswith(self._before) and data.startswith(self._after, end)):
             return None
         digits = data[start:end]

@@ -28,12 +28,12 @@ from .llamacpp import LlamaCpp
 from .management import Management
 from .models import Models
 from .overview import Overview
+from .pool import Address
 from .router import EngineKeys, Router, Settings, no_key
 from .routes import ROUTES, Route, Where
 from .server import Server
 from .stored import Stored
 from .target import in_origin_form
-from .upstream import Address
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from homegptd.runtime.scheduler import Scheduler
 from . import errors
 from .clients import asking
 from .errors import Denied, Problem
-from .upstream import Address
+from .pool import Address
 
 log = logging.getLogger(__name__)
 

@@ -26,6 +26,7 @@ import asyncio
 import re
 from collections.abc import Callable
 
+from homegptd.core.model import ModelId
 from homegptd.core.refusals import Reason, Refusal
 from homegptd.runtime.lease import Lease
 
@@ -37,7 +38,8 @@ from .early import Early
 from .errors import Problem
 from .heads import HOP_BY_HOP, Head
 from .outlet import Outlet
-from .upstream import Address, Connection, Pool
+from .pool import Pool, Upstream
+from .upstream import Connection
 from .usage import MARK, without
 
 _HOLD_CHUNK = 64 * 1024
@@ -52,23 +54,22 @@ async def relay(
     ask: Ask,
     *,
     lease: Lease,
-    pool: Pool,
-    address: Address,
+    upstream: Upstream,
     limits: Limits,
     record: Record,
     early: Early | None = None,
 ) -> Relayed:
-    """Ask the engine at `address` and relay what it answers. Raises: Broken.
+    """Ask the engine and relay what it answers. Raises: Broken.
 
     `early` speaks where the engine says nothing; the answer continues what it began.
     """
     old = not outlet.modern
-    connection = None if old or not ask.replayable else pool.take(address)
+    connection = None if old or not ask.replayable else upstream.take()
     while True:
         if connection is None:
-            connection = await connect(pool, address, lease, unchunked=old)
-        answer = Answer(outlet, ask, connection, lease, limits, record, pool, early)
-        await _ended(answer, pool.loop)
+            connection = await connect(upstream, lease.model, unchunked=old)
+        answer = Answer(outlet, ask, connection, lease, limits, record, upstream.pool, early)
+        await _ended(answer, upstream.pool.loop)
         if answer.problem is not None:
             raise answer.problem
         if not answer.stale:
@@ -90,19 +91,17 @@ async def _ended(answer: Answer, loop: asyncio.AbstractEventLoop) -> None:
         answer.leave()
 
 
-async def connect(
-    pool: Pool, address: Address, lease: Lease, *, unchunked: bool = False
-) -> Connection:
+async def connect(upstream: Upstream, model: ModelId, *, unchunked: bool = False) -> Connection:
     """A new connection to the engine. Raises: Broken."""
     try:
-        return await pool.connect(address, unchunked=unchunked)
+        return await upstream.connect(unchunked=unchunked)
     except (OSError, TimeoutError) as error:
-        raise Broken(fault(lease, f"cannot be reached ({error})"), again=True, sent=False) from None
+        raise Broken(fault(model, f"cannot be reached ({error})"), again=True, sent=False) from None
 
 
-def fault(lease: Lease, what: str) -> Refusal:
+def fault(model: ModelId, what: str) -> Refusal:
     """Why there is no answer, or only a part of one."""
-    return Refusal(Reason.ENGINE_FAULT, f'the engine of "{lease.model}" {what}')
+    return Refusal(Reason.ENGINE_FAULT, f'the engine of "{model}" {what}')
 
 
 class Answer:
@@ -273,7 +272,7 @@ class Answer:
 
     def _no_stream(self, data: bytes) -> None:
         """The client has status 200 and a stream already; what came is neither."""
-        self._end(fault(self._lease, "answered without a stream"), again=False)
+        self._end(fault(self._lease.model, "answered without a stream"), again=False)
         if self.problem is not None and self._status >= 400:
             self.problem.problem = errors.said(self._status, data)
             if self._status < 500:
@@ -356,7 +355,7 @@ class Answer:
                 self._held[:0] = self._owed  # goes out before the next event
 
     def _lost(self, what: str, *, again: bool = True) -> None:
-        self._end(fault(self._lease, what), again=again)
+        self._end(fault(self._lease.model, what), again=again)
 
     def _end(self, refusal: Refusal, *, again: bool) -> None:
         if self._over:

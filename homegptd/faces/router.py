@@ -35,10 +35,10 @@ from .guard import Guard
 from .intake import Intake, Wanted
 from .models import Models
 from .outlet import outlet
+from .pool import Address, Pool
 from .relay import relay
 from .routes import Route, Where
 from .stored import Stored
-from .upstream import Address, Pool
 
 if TYPE_CHECKING:
     from .server import Connection
@@ -132,7 +132,6 @@ class Router:
             limits=settings.limits,
             bodies=settings.bodies,
             max_body_bytes=settings.max_body_bytes,
-            tasks_switch=settings.tasks_switch,
             accounts=self.accounts,
             pool=self.pool,
         )
@@ -323,8 +322,7 @@ class Router:
             outlet(request, asking().headers, partial(self._models.told, client=asking())),
             self._with_its_key(wanted),
             lease=lease,
-            pool=self.pool,
-            address=self._addresses(wanted.model),
+            upstream=self.pool.upstream(self._addresses(wanted.model)),
             limits=self._settings.limits(wanted.model),
             record=record,
             early=wanted.early,

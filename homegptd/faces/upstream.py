@@ -1,31 +1,21 @@
-"""Connections to engines: kept open, and parsed just enough to know where an answer ends.
-
-vLLM's server (uvicorn) closes a connection that has been idle for 5 s
-(VLLM_HTTP_TIMEOUT_KEEP_ALIVE), so one that has been idle for longer than `IDLE_S` is not used
-again, and one that turns out to be dead before the first byte is no news about the engine.
-"""
+"""A connection to an engine: parsed just enough to know where an answer ends."""
 
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
 
 import httptools
 
 from .bodies import Body, Spooled
 from .heads import Frame, Head, framed
-from .ticks import Ticks
 
-Address: TypeAlias = str | tuple[str, int]
-"""The path of a Unix socket, or host and port."""
+if TYPE_CHECKING:
+    from .pool import Upstream
 
-IDLE_S = 4.0
-CONNECT_S = 5.0
 MAX_HEAD = 64 * 1024
-_IDLE_PER_ENGINE = 64
 _ONE_WRITE = 64 * 1024
 
 
@@ -47,8 +37,7 @@ gets it."""
 class Connection(asyncio.Protocol):
     """One connection to an engine; serves one sink at a time."""
 
-    def __init__(self, pool: Pool, address: Address) -> None:
-        self.address = address
+    def __init__(self, upstream: Upstream) -> None:
         self.idle_since = 0.0
         self.used = False
         self.silent = True
@@ -56,14 +45,15 @@ class Connection(asyncio.Protocol):
         self.complete = False
         self.between = False
         """What came last ends where a chunk ends, and the next one follows."""
-        self._pool = pool
+        self._upstream = upstream
         self._sink: Sink | None = None
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._unsent: Iterator[bytes] | None = None
-        self._choked = False
+        self._choked = self._paused = False
         self._frame: Frame | None = None  # of an answer as most are
         self._whole: Whole | None = None
+        self._reusable = False
         self._forget()
 
     def _forget(self) -> None:
@@ -74,7 +64,7 @@ class Connection(asyncio.Protocol):
         self._due: int | None = None  # bytes of the body that are still to come, where it is known
         self._answers = 0
         self._chunked = self._in_chunk = self.between = False
-        self._reusable = False
+        self._fresh = True
 
     # ------------------------------------------------------------ for the relay
 
@@ -84,9 +74,10 @@ class Connection(asyncio.Protocol):
         `whole` gets it first where all of it comes in one piece, with a head as before: so vLLM
         answers, whose uvloop collects what uvicorn writes.
         """
-        self._forget()
-        self._whole = whole if self._frame is not None else None
-        self.silent, self.complete, self._sink = True, False, sink
+        if not self._fresh:
+            self._forget()
+        self._whole, self._sink = whole if self._frame is not None else None, sink
+        self.silent, self.complete, self._reusable = True, False, False
         transport = self._transport
         if transport is None or transport.is_closing():
             self._sink = None
@@ -117,20 +108,23 @@ class Connection(asyncio.Protocol):
     def pause(self) -> None:
         if self._transport is not None and not self._transport.is_closing():
             self._transport.pause_reading()
+            self._paused = True
 
     def resume(self) -> None:
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
+            self._paused = False
 
     def leave(self) -> None:
         """The sink is done: keep the connection if the answer is complete, else close it."""
         transport, self._sink = self._transport, None
-        if transport is None or transport.is_closing():
+        if transport is None:
             return
         if self._reusable and self._unsent is None and not transport.get_write_buffer_size():
             self.used = True
-            transport.resume_reading()
-            self._pool.keep(self)
+            if self._paused:
+                self.resume()
+            self._upstream.keep(self)
         else:
             self._unsent = None
             transport.abort()  # vLLM aborts a request whose client is gone
@@ -142,11 +136,11 @@ class Connection(asyncio.Protocol):
 
     def heard(self) -> None:
         """The engine said something lately."""
-        self._pool.heard_at[self.address] = self._pool.loop.time()
+        self._upstream.heard()
 
     def engine_silent_s(self) -> float:
         """How long the engine has said nothing, over any connection, in seconds."""
-        return self._pool.loop.time() - self._pool.heard_at.get(self.address, -math.inf)
+        return self._upstream.silent_s()
 
     @property
     def usable(self) -> bool:
@@ -169,7 +163,7 @@ class Connection(asyncio.Protocol):
         whole, self._whole = self._whole, None
         if whole is not None and self._is_taken(data, whole):
             return
-        self.silent = False
+        self.silent = self._fresh = False
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -191,11 +185,15 @@ class Connection(asyncio.Protocol):
 
     def _is_taken(self, data: bytes, whole: Whole) -> bool:
         """Whether the parser need not see it."""
-        split = self._frame.split(data) if self._frame is not None else None
-        if split is None or sum(split) != len(data):
+        frame = self._frame
+        split = frame.split(data) if frame is not None else None
+        if split is None:
+            return False
+        size, start = split
+        if start + size != len(data):
             return False
         self.silent, self.complete, self._reusable = False, True, True
-        return whole(data, split[1])
+        return whole(data, start)
 
     def _is_too_much(self, data: bytes) -> bool:
         """Also by an empty line: the parser skips it, and the client would get it."""
@@ -260,7 +258,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        self._pool.drop(self)
+        self._upstream.drop(self)
         self._break("closed the connection" if exc is None else f"is gone ({exc})")
 
     def _break(self, why: str) -> None:
@@ -311,9 +309,9 @@ def _size_line(length: int) -> bytes:
 class Unchunked(Connection):
     """For clients of HTTP/1.0, who know no transfer coding: the sink gets the bare body."""
 
-    def __init__(self, pool: Pool, address: Address) -> None:
+    def __init__(self, upstream: Upstream) -> None:
         self._pieces: list[bytes] = []
-        super().__init__(pool, address)
+        super().__init__(upstream)
 
     def on_body(self, body: bytes) -> None:
         self._pieces.append(body)
@@ -329,56 +327,3 @@ class Unchunked(Connection):
         pieces, self._pieces = b"".join(self._pieces), []
         self._reusable = False
         super()._hand_over(pieces, sink)
-
-
-class Pool:
-    """Idle connections, by engine. One for the life of the daemon."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.ticks = Ticks(self.loop)
-        self._idle: dict[Address, list[Connection]] = {}
-        self.heard_at: dict[Address, float] = {}
-
-    def take(self, address: Address) -> Connection | None:
-        """The connection that was used last, if it is fresh enough."""
-        idle = self._idle.get(address)
-        oldest = self.loop.time() - IDLE_S
-        while idle:
-            connection = idle.pop()
-            if connection.usable and connection.idle_since >= oldest:
-                return connection
-            connection.discard()
-        return None
-
-    async def connect(self, address: Address, *, unchunked: bool = False) -> Connection:
-        """A new connection. Raises: OSError, TimeoutError."""
-        kind = Unchunked if unchunked else Connection
-        async with asyncio.timeout(CONNECT_S):
-            if isinstance(address, str):
-                _, connection = await self.loop.create_unix_connection(
-                    lambda: kind(self, address), address
-                )
-            else:
-                _, connection = await self.loop.create_connection(
-                    lambda: kind(self, address), *address
-                )
-        return connection
-
-    def keep(self, connection: Connection) -> None:
-        idle = self._idle.setdefault(connection.address, [])
-        connection.idle_since = self.heard_at[connection.address] = self.loop.time()
-        idle.append(connection)
-        if len(idle) > _IDLE_PER_ENGINE:
-            idle.pop(0).discard()
-
-    def drop(self, connection: Connection) -> None:
-        idle = self._idle.get(connection.address, [])
-        if connection in idle:
-            idle.remove(connection)
-        if not idle:
-            self._idle.pop(connection.address, None)
-
-    def close(self) -> None:
-        for connection in [each for idle in self._idle.values() for each in idle]:
-            connection.discard()

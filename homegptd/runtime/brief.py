@@ -8,8 +8,8 @@ before anybody sees the state.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeAlias
 
 from homegptd.core.events import Event, RequestArrived, TicketClosed
 from homegptd.core.model import ModelId, Ticket, TicketId
@@ -17,43 +17,74 @@ from homegptd.core.model import ModelId, Ticket, TicketId
 from .lease import Lease
 
 Timed: TypeAlias = tuple[float, Event]
-Running: TypeAlias = tuple[Lease, Callable[[], None]]
+
+
+class Holder(Protocol):
+    """Who holds a model awake before the core knows."""
+
+    model: ModelId
+    ticket: TicketId
+    since: float
+
+    def noticed(self, lease: Lease) -> None:
+        """The core knows now: this lease, to be closed, is what holds the model from here on."""
 
 
 class Brief:
     """Of the leases of a model that have ended only the last one counts: it tells the times."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        tickets: Iterator[TicketId],
+        clock: Callable[[], float],
+        may_serve: Callable[[ModelId], bool],
+    ) -> None:
+        """`may_serve`: whether the model serves, and the core will ask before long."""
+        self._tickets, self._clock, self._may_serve = tickets, clock, may_serve
         self.serving: set[ModelId] = set()
         """Whose leases may be given so: what the core was told last is what holds."""
-        self._running: dict[TicketId, Running] = {}
-        self._last: dict[ModelId, tuple[Ticket, float, bool]] = {}
-        """The last one that has ended, and when, and whether any has been served."""
+        self._running: dict[TicketId, Holder] = {}
+        self._served: set[ModelId] = set()
+        """Whose leases were served, if only one of them."""
+        self._last: dict[ModelId, tuple[TicketId, float, float]] = {}
+        """The last one that has ended: its ticket, from when to when."""
 
-    def begin(self, lease: Lease, noticed: Callable[[], None]) -> None:
-        """`noticed` is called when the core has been told of it before its end."""
-        self._running[lease.ticket.id] = lease, noticed
+    def hold(self, who: Holder) -> bool:
+        """Hold its model awake for what is no stream, until `let_go`.
 
-    def end(self, ticket: TicketId, now: float, *, served: bool) -> bool:
-        """Whether this is one that the core knows nothing of, and never has to."""
-        running = self._running.pop(ticket, None)
-        if running is None:
-            return False
-        ended = running[0].ticket
-        before = self._last.get(ended.model)
-        self._last[ended.model] = ended, now, served or (before is not None and before[2])
+        Nothing can cut it, and it counts nowhere, until it is `noticed`, within `LOOK_AGAIN_S`.
+        False where the model does not serve, or where somebody wants something else of the box.
+        """
+        if who.model not in self.serving:
+            if not self._may_serve(who.model):
+                return False
+            self.serving.add(who.model)
+        who.ticket = ticket = next(self._tickets)
+        who.since = self._clock()
+        self._running[ticket] = who
         return True
 
-    def take(self) -> tuple[list[Timed], list[Running]]:
-        """The events, and the leases that are running; here are none any more."""
-        running, events = list(self._running.values()), list[Timed]()
-        for lease, _ in running:
-            events.append((lease.ticket.since, RequestArrived(lease.ticket)))
-        for ticket, at, served in self._last.values():
+    def let_go(self, who: Holder, *, served: bool) -> None:
+        """For who has not been `noticed`."""
+        del self._running[who.ticket]
+        if served:
+            self._served.add(who.model)
+        self._last[who.model] = who.ticket, who.since, self._clock()
+
+    def take(self, max_wait_s: float) -> tuple[list[Timed], list[tuple[Holder, Ticket]]]:
+        """The events, and those who are running; here are none any more."""
+        running, events = list[tuple[Holder, Ticket]](), list[Timed]()
+        for who in self._running.values():
+            ticket = Ticket(who.ticket, who.model, who.since, who.since + max_wait_s)
+            running.append((who, ticket))
             events.append((ticket.since, RequestArrived(ticket)))
-            events.append((at, TicketClosed(ticket.id, served)))
+        for model, (number, since, until) in self._last.items():
+            ticket = Ticket(number, model, since, since + max_wait_s)
+            events.append((since, RequestArrived(ticket)))
+            events.append((until, TicketClosed(number, model in self._served)))
         events.sort(key=lambda timed: timed[0])
         self.serving.clear()
         self._running.clear()
         self._last.clear()
+        self._served.clear()
         return events, running

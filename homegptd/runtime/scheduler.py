@@ -10,7 +10,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Protocol
+from typing import Protocol, cast
 
 from homegptd.core.commands import Command, Cut, Finish, Grant, Order, Probe, Refuse, Watch
 from homegptd.core.events import (
@@ -78,8 +78,8 @@ class Scheduler:
         self._broken: asyncio.Future[None] = self.loop.create_future()
         self._leases: dict[TicketId, Lease] = {}
         """Those that the core knows of."""
-        self._brief = Brief()
-        self._tickets = itertools.count(1)
+        self._tickets = cast("Iterator[TicketId]", itertools.count(1))
+        self.brief = Brief(self._tickets, self.loop.time, self._may_serve)
         self._operations = itertools.count(1)
         self._ended: dict[OperationId, Ended] = {}
         self._emptied: asyncio.Future[None] | None = None
@@ -88,8 +88,8 @@ class Scheduler:
     @property
     def state(self) -> State:
         """The newest snapshot; never changes under the reader."""
-        if self._brief.serving:
-            self._tell_core()
+        if self.brief.serving:
+            self.tell_core()
         return self._state
 
     @property
@@ -151,8 +151,8 @@ class Scheduler:
             self._broken.set_exception(error)
 
     def _take(self, event: Event) -> None:
-        if self._brief.serving:
-            self._tell_core()
+        if self.brief.serving:
+            self.tell_core()
         before, now, rings_at = self._state, self.loop.time(), self._rings_at
         short = quick(before, event, now, calm=self._calm)
         outcome = short or step(before, event, now)
@@ -170,18 +170,19 @@ class Scheduler:
             if lines:
                 self._publish(lines)
 
-    def _tell_core(self) -> None:
-        """What has been brief until now. It has changed nothing, so all of it is still quick."""
-        events, running = self._brief.take()
-        self._leases.update((lease.ticket.id, lease) for lease, _ in running)
+    def tell_core(self) -> None:
+        """Of what has been brief until now. It has changed nothing, so all of it is still quick."""
+        events, running = self.brief.take(self._max_wait_s)
+        leases = [(who, Lease(self, ticket)) for who, ticket in running]
+        self._leases.update((lease.ticket.id, lease) for _, lease in leases)
         try:
             for at, event in events:
                 outcome = quick(self._state, event, at, calm=True)
                 if outcome is None:
                     raise AssertionError(f"{event} came to a model that does not serve")
                 self._state = outcome.state
-            for _, noticed in running:
-                noticed()
+            for who, lease in leases:
+                who.noticed(lease)
         except BaseException as error:
             self._defect(error)
             raise
@@ -237,7 +238,7 @@ class Scheduler:
         now = self.loop.time()
         limit = self._max_wait_s if max_wait_s is None else min(max_wait_s, self._max_wait_s)
         ticket = Ticket(
-            id=TicketId(next(self._tickets)),
+            id=next(self._tickets),
             model=model,
             since=now,
             until=now + limit,
@@ -248,36 +249,23 @@ class Scheduler:
         )
         return Lease(self, ticket)
 
-    def lease_at_once(self, model: ModelId, noticed: Callable[[], None]) -> Lease | None:
-        """A lease that is granted already, for what is no stream; to be closed.
-
-        It is brief: nothing can cut it, and it counts nowhere, until `noticed` is called. None
-        where the model does not serve, or where somebody wants something else of the box.
-        """
-        brief = self._brief
+    def _may_serve(self, model: ModelId) -> bool:
         if self._stepping or self._emptied is not None or self._broken.done():
-            return None
-        if model not in brief.serving:
-            if not serves(self._state, model, calm=self._calm):
-                return None
-            self._calm = True
-            brief.serving.add(model)
-        now = self.loop.time()
-        ticket = Ticket(TicketId(next(self._tickets)), model, now, now + self._max_wait_s)
-        lease = Lease(self, ticket)
-        brief.begin(lease, noticed)
-        return lease
+            return False
+        if not serves(self._state, model, calm=self._calm):
+            return False
+        self._calm = True
+        look_at = self.loop.time() + LOOK_AGAIN_S
+        if self._rings_at is None or self._rings_at > look_at:
+            self._rearm(look_at)
+        return True
 
     def open(self, lease: Lease) -> None:
         self._leases[lease.ticket.id] = lease
         self.post(RequestArrived(lease.ticket))
 
     def close(self, ticket: TicketId, *, served: bool) -> None:
-        now = self.loop.time()
-        if self._brief.end(ticket, now, served=served):
-            if self._rings_at is None or self._rings_at > now + LOOK_AGAIN_S:
-                self._rearm(now + LOOK_AGAIN_S)
-        elif self._leases.pop(ticket, None) is not None:
+        if self._leases.pop(ticket, None) is not None:
             self.post(TicketClosed(ticket, served))
 
     async def idle(self) -> None:
@@ -292,7 +280,7 @@ class Scheduler:
     def cut_all(self, why: str) -> int:
         """Tell every running answer to end now, honestly; how many there were."""
         refusal = Refusal(Reason.SHUTTING_DOWN, why, retry_after_s=5.0)
-        self._tell_core()
+        self.tell_core()
         for lease in self._leases.values():
             if not lease.cut.done():
                 lease.cut.set_result(refusal)

@@ -30,8 +30,8 @@ from homegptd.faces.desk import Desk
 from homegptd.faces.early import Pace
 from homegptd.faces.front import Front
 from homegptd.faces.guard import Guard
+from homegptd.faces.pool import Address
 from homegptd.faces.router import EngineKeys, Settings, no_key
-from homegptd.faces.upstream import Address
 from homegptd.runtime.scheduler import Scheduler
 
 PROVED = {core.Proof.FREEZE: True, core.Proof.RELOAD: True}

@@ -12,13 +12,13 @@ import pytest
 
 from homegptd.config.keys import Key, digest
 from homegptd.core.model import Asleep, SleepLevel
+from homegptd.core.quick import LOOK_AGAIN_S
 from homegptd.core.refusals import Reason, Refusal
 from homegptd.faces import front
 from homegptd.faces.ask import Limits
 from homegptd.faces.bodies import Bodies
 from homegptd.faces.clients import Keyring
 from homegptd.faces.guard import Guard
-from homegptd.runtime.lease import Lease
 
 from . import box
 from .box import (
@@ -72,7 +72,7 @@ async def settled(b: Box, requests: int) -> None:
     """Nothing is held any more, and each request is in the books once."""
     await b.until(lambda: b.leases() == 0 and b.accounts.snapshot() != ())
     assert sum(each.requests for each in b.accounts.snapshot()) == requests
-    assert b.door.express.means.bodies.held == b.door.express.means.bodies.held_in_memory == 0
+    assert b.door.express._bodies.held == b.door.express._bodies.held_in_memory == 0
 
 
 def cut(b: Box) -> None:
@@ -448,21 +448,11 @@ async def test_answers_that_come_whole_go_on_as_they_came(path: Path) -> None:
     usage = {"prompt_tokens": 30, "completion_tokens": 4}
     said = answer({"choices": [{"finish_reason": "stop"}], "usage": usage}, more=b"x-Odd: YES\r\n")
 
-    leases: list[Lease] = []
-
-    async def script(asked: Asked) -> None:
-        [connection] = b.server.connections
-        assert isinstance(connection, front.Front)
-        assert connection._exchange is not None
-        leases.append(connection._exchange._lease)
-        asked.writer.write(said)
-
-    async with Engine(path, script).running() as engine, box.running({"chat": path}) as b:
+    async with Engine(path, saying(said)).running() as engine, box.running({"chat": path}) as b:
         client = await b.connect()
         for _ in range(3):
             client.send(content=HELLO)
             assert await client.reader.readexactly(len(said)) == said
-        assert [lease._served for lease in leases] == [True] * 3
         await settled(b, 3)
         account = b.accounts.snapshot()[0]
         assert (account.tokens_read, account.tokens_written) == (90, 12)
@@ -622,12 +612,11 @@ async def test_who_turns_out_to_be_gone_has_no_answer(path: Path) -> None:
         go.set()
         await settled(b, 2)
         assert b.accounts.snapshot()[0].aborted == 1
-        assert not exchange._lease._served
 
 
 async def test_heads_that_differ_each_time_leave_nothing(path: Path) -> None:
     async with Engine(path, saying(GOOD)).running(), box.running({"chat": path}) as b:
-        client, ticks = await b.connect(), b.door.express.means.pool.ticks
+        client, ticks = await b.connect(), b.door.express.pool.ticks
         for number in range(20):
             await client.ask(content=HELLO, more=f"X-Request-Id: {number}\r\n")
         assert sum(map(len, ticks._counting.values())) == 0
@@ -639,7 +628,8 @@ async def test_an_idle_connection_knows_nothing_of_who_used_it(path: Path) -> No
         client = await b.connect()
         for _ in range(3):
             await client.ask(content=HELLO)
-            [[idle]] = b.door.express.means.pool._idle.values()
+            [upstream] = b.door.express.pool._upstreams.values()
+            [idle] = upstream._idle
             assert (idle._whole, idle._sink, idle._raw) == (None, None, b"")
 
 
@@ -665,9 +655,13 @@ async def test_who_has_just_left_has_no_answer(path: Path, *, first: bool) -> No
 
 
 async def test_the_clock_stops_when_nothing_runs(path: Path) -> None:
-    limits = Limits(first_byte_s=0.2)
-    async with Engine(path, echo).running(), box.running({"chat": path}, limits=limits) as b:
-        client, ticks = await b.connect(), b.door.express.means.pool.ticks
+    async def slow(asked: Asked) -> None:
+        await asyncio.sleep(2 * LOOK_AGAIN_S)
+        await echo(asked)
+
+    limits = Limits(first_byte_s=2.0)
+    async with Engine(path, slow).running(), box.running({"chat": path}, limits=limits) as b:
+        client, ticks = await b.connect(), b.door.express.pool.ticks
         for _ in range(2):
             await client.ask(content=HELLO)
             assert ticks._counting
@@ -678,16 +672,12 @@ async def test_the_clock_stops_when_nothing_runs(path: Path) -> None:
 
 @pytest.mark.parametrize("looked", [False, True])
 async def test_one_that_takes_its_time_is_an_answer_as_any(path: Path, *, looked: bool) -> None:
-    """It has become one when the clock ticks, or when somebody looks at the box."""
+    """It has become one soon, or when somebody looks at the box."""
     go = asyncio.Event()
-    script, limits = after_a_good_one(echo_after(go)), Limits(first_byte_s=60 if looked else 0.4)
-    async with (
-        Engine(path, script).running() as engine,
-        box.running({"chat": path}, limits=limits) as b,
-    ):
+    script = after_a_good_one(echo_after(go))
+    async with Engine(path, script).running() as engine, box.running({"chat": path}) as b:
         client = await b.connect()
         await client.ask(content=HELLO)
-        await b.until(lambda: b.scheduler._rings_at is None)  # which is a look too
         client.send(content=HELLO)
         await b.until(lambda: len(engine.asked) == 2)
         [connection] = b.server.connections

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from homegptd.faces.heads import HOP_BY_HOP, Head
-from homegptd.faces.upstream import Connection, Pool, Unchunked
+from homegptd.faces.pool import Pool
+from homegptd.faces.upstream import Connection, Unchunked
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 END = b"0\r\n\r\n"
@@ -95,7 +96,7 @@ def pool() -> Iterator[Pool]:
 
 
 def heard(pool: Pool, reads: Sequence[bytes], kind: type[Connection] = Connection) -> Sink:
-    connection = kind(pool, "engine")
+    connection = kind(pool.upstream("engine"))
     transport: Any = Transport()
     connection.connection_made(transport)
     sink = Sink(connection)
@@ -209,7 +210,7 @@ def second(
     pool: Pool, first: bytes, reads: list[bytes], *, whole: bool, wants_whole: bool = True
 ) -> Sink | None:
     """What is heard of an answer after another over the same connection; None: of that none was."""
-    connection = Connection(pool, "engine")
+    connection = Connection(pool.upstream("engine"))
     connection.connection_made(Transport())  # type: ignore[arg-type]
     sink = asks(connection, whole=whole, wants_whole=wants_whole)
     connection.data_received(first)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from homegptd.core.model import Act, Awake, Exit
+from homegptd.core.model import Act, Awake, Exit, ModelId, TicketId
 from homegptd.core.quick import LOOK_AGAIN_S
 from homegptd.core.refusals import Reason
 from homegptd.runtime.lease import Lease
@@ -17,24 +18,42 @@ from tests.runtime.jumping import jumping, run
 from tests.runtime.small import A, B, Small
 
 
-def nobody() -> None: ...
+class Holds:
+    """Fits Holder."""
+
+    def __init__(self, model: ModelId = A) -> None:
+        self.model = model
+        self.ticket, self.since = TicketId(0), 0.0
+        self.lease: Lease | None = None
+
+    def noticed(self, lease: Lease) -> None:
+        assert self.lease is None
+        self.lease = lease
+
+    def close(self, scheduler: Scheduler, *, served: bool = False) -> None:
+        if self.lease is None:
+            scheduler.brief.let_go(self, served=served)
+            return
+        if served:
+            self.lease.served()
+        self.lease.close()
 
 
-def at_once(scheduler: Scheduler, noticed: list[Lease] | None = None) -> Lease:
-    def note() -> None:
-        if noticed is not None:
-            noticed.append(lease)
-
-    found = scheduler.lease_at_once(A, note)
-    assert found is not None
-    lease = found
-    return lease
+def held(scheduler: Scheduler) -> Holds:
+    who = Holds()
+    assert scheduler.brief.hold(who)
+    return who
 
 
-def by_steps(scheduler: Scheduler) -> Lease:
-    lease = scheduler.lease(A, freezable=False)
-    scheduler.open(lease)
-    return lease
+def is_noticed(who: Holds) -> bool:
+    return who.lease is not None
+
+
+def by_steps(scheduler: Scheduler) -> Holds:
+    who = Holds()
+    who.lease = scheduler.lease(A, freezable=False)
+    scheduler.open(who.lease)
+    return who
 
 
 ACTS = st.lists(
@@ -62,21 +81,21 @@ async def life(acts: list[tuple[Any, Any]], *, brief: bool) -> list[object]:
     """Every state that is looked at, and the whole story."""
     async with Small().running() as small:
         await small.until_booted()
-        scheduler, seen, leases = small.scheduler, list[object](), list[Lease]()
+        scheduler, seen, holders = small.scheduler, list[object](), list[Holds]()
         for act, more in acts:
             match act:
                 case "open":
-                    lease = scheduler.lease_at_once(A, nobody) if brief else None
-                    leases.append(lease or by_steps(scheduler))
+                    who = Holds()
+                    if not (brief and scheduler.brief.hold(who)):
+                        who = by_steps(scheduler)
+                    holders.append(who)
                 case "a stream":
-                    leases.append(by_steps(scheduler))
+                    holders.append(by_steps(scheduler))
                 case "wait":
                     await asyncio.sleep(more)
-                case "served" | "left" if leases:
-                    lease = leases.pop(more % len(leases))
-                    if act == "served":
-                        lease.served()
-                    lease.close()
+                case "served" | "left" if holders:
+                    who = holders.pop(more % len(holders))
+                    who.close(scheduler, served=act == "served")
                 case "look":
                     seen.append(scheduler.state)
                 case "dies":
@@ -85,9 +104,11 @@ async def life(acts: list[tuple[Any, Any]], *, brief: bool) -> list[object]:
                     scheduler.operate(act, more, by="a test", cut=True)
                 case _:
                     pass
-        seen += [scheduler.state, [lease.cut.done() for lease in leases]]
-        for lease in leases:
-            lease.close()
+        seen.append(scheduler.state)
+        assert all(map(is_noticed, holders))
+        seen.append([who.lease.cut.done() for who in holders if who.lease is not None])
+        for who in holders:
+            who.close(scheduler)
         seen += [scheduler.state, small.lines]
         assert small.nothing_is_left()
     return seen
@@ -97,44 +118,46 @@ async def life(acts: list[tuple[Any, Any]], *, brief: bool) -> list[object]:
 async def test_nobody_is_noticed_who_has_gone() -> None:
     async with Small().running() as small:
         await small.until_booted()
-        noticed: list[Lease] = []
-        gone, here = at_once(small.scheduler, noticed), at_once(small.scheduler, noticed)
-        gone.close()
-        assert noticed == []
-        assert small.engine(A).phase.leases == {here.ticket.id}
-        assert noticed == [here]
+        gone, here = held(small.scheduler), held(small.scheduler)
+        gone.close(small.scheduler)
+        assert not is_noticed(here)
+        assert small.engine(A).phase.leases == {here.ticket}
+        assert is_noticed(here)
+        assert not is_noticed(gone)
         assert small.engine(A).last_used == small.loop.time()
-        here.close()
-        assert noticed == [here]
+        here.close(small.scheduler)
         assert small.nothing_is_left()
 
 
+@pytest.mark.parametrize("noticed", [False, True])
 @jumping
-async def test_the_box_looks_what_to_do_soon_after_the_last_one() -> None:
+async def test_the_box_looks_what_to_do_soon_after_the_last_one(*, noticed: bool) -> None:
     """As after any other: an engine that is to sleep when idle goes to sleep."""
     async with Small().running() as small:
         await small.until_booted()
-        lease = at_once(small.scheduler)
-        await asyncio.sleep(10 * LOOK_AGAIN_S)
-        lease.close()
+        who = held(small.scheduler)
+        if noticed:
+            await asyncio.sleep(10 * LOOK_AGAIN_S)
+        who.close(small.scheduler)
+        assert is_noticed(who) == noticed
+        closed = small.loop.time()
         before = small.scheduler._state  # which is no look
         await asyncio.sleep(2 * LOOK_AGAIN_S)
         assert small.scheduler._state is not before
         used = small.scheduler._state.engines[A].last_used
-        assert used == small.loop.time() - 2 * LOOK_AGAIN_S
+        assert used == closed
 
 
 @jumping
 async def test_who_wants_another_model_finds_it_in_use_and_can_cut_it() -> None:
     async with Small().running() as small:
         await small.until_booted()
-        noticed: list[Lease] = []
-        lease = at_once(small.scheduler, noticed)
+        who = held(small.scheduler)
         small.scheduler.operate(Act.SWITCH, B, by="a test", cut=True)
-        assert noticed == [lease]
-        assert (await lease.cut).reason is Reason.CUT
-        assert small.scheduler.lease_at_once(A, nobody) is None
-        lease.close()
+        assert who.lease is not None
+        assert (await who.lease.cut).reason is Reason.CUT
+        assert not small.scheduler.brief.hold(Holds())
+        who.close(small.scheduler)
         await small.until(lambda: isinstance(small.engine(B).phase, Awake))
         assert small.nothing_is_left()
 
@@ -143,25 +166,27 @@ async def test_who_wants_another_model_finds_it_in_use_and_can_cut_it() -> None:
 async def test_a_stop_cuts_them_too_and_waits_for_them() -> None:
     async with Small().running() as small:
         await small.until_booted()
-        lease = at_once(small.scheduler)
+        who = held(small.scheduler)
         async with asyncio.TaskGroup() as group:
             waiting = group.create_task(small.scheduler.idle())
             await asyncio.sleep(0)
-            assert small.scheduler.lease_at_once(A, nobody) is None  # it would not be waited for
+            assert not small.scheduler.brief.hold(Holds())  # it would not be waited for
             assert small.scheduler.cut_all("for a test") == 1
-            assert (await lease.cut).reason is Reason.SHUTTING_DOWN
+            assert who.lease is not None
+            assert (await who.lease.cut).reason is Reason.SHUTTING_DOWN
             assert not waiting.done()
-            lease.close()
+            who.close(small.scheduler)
 
 
 @jumping
 async def test_a_stop_that_nobody_has_waited_for_finds_them() -> None:
     async with Small().running() as small:
         await small.until_booted()
-        lease = at_once(small.scheduler)
+        who = held(small.scheduler)
         assert small.scheduler.cut_all("for a test") == 1
-        assert lease.cut.done()
-        lease.close()
+        assert who.lease is not None
+        assert who.lease.cut.done()
+        who.close(small.scheduler)
         assert small.nothing_is_left()
 
 
@@ -169,14 +194,14 @@ async def test_a_stop_that_nobody_has_waited_for_finds_them() -> None:
 async def test_what_was_brief_is_told_in_its_order() -> None:
     async with Small().running() as small:
         await small.until_booted()
-        first = at_once(small.scheduler)
-        first.close()
+        first = held(small.scheduler)
+        first.close(small.scheduler)
         await asyncio.sleep(LOOK_AGAIN_S / 2)
-        second = at_once(small.scheduler)
+        second = held(small.scheduler)
         began = small.loop.time()
         await asyncio.sleep(LOOK_AGAIN_S / 4)
         assert small.engine(A).last_used == began
-        second.close()
+        second.close(small.scheduler)
 
 
 @jumping
@@ -187,8 +212,22 @@ async def test_one_that_was_served_is_enough_to_trust_an_engine_again() -> None:
         await small.until(lambda: not isinstance(small.engine(A).phase, Awake))
         await small.until(lambda: isinstance(small.engine(A).phase, Awake))
         assert small.engine(A).failures == 1
-        served, left = at_once(small.scheduler), at_once(small.scheduler)
-        served.served()
-        served.close()
-        left.close()
+        served, left = held(small.scheduler), held(small.scheduler)
+        served.close(small.scheduler, served=True)
+        left.close(small.scheduler)
         assert small.engine(A).failures == 0
+
+
+@jumping
+async def test_one_that_takes_its_time_is_noticed() -> None:
+    async with Small().running() as small:
+        await small.until_booted()
+        first = held(small.scheduler)
+        await asyncio.sleep(LOOK_AGAIN_S / 2)
+        second = held(small.scheduler)
+        await asyncio.sleep(LOOK_AGAIN_S)
+        assert is_noticed(first)
+        assert is_noticed(second)
+        first.close(small.scheduler)
+        second.close(small.scheduler)
+        assert small.nothing_is_left()

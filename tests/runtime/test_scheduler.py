@@ -16,6 +16,7 @@ from homegptd.runtime.scheduler import Scheduler
 from tests.core.builders import GB, spec
 from tests.runtime.jumping import DeadlockError, jumping, run
 from tests.runtime.small import SLEEP_S, WAKE_S, A, B, Small
+from tests.runtime.test_brief import Holds
 
 
 async def ask(scheduler: Scheduler, model: ModelId, seconds: float = 0.0) -> None:
@@ -44,28 +45,24 @@ async def test_a_lease_on_an_awake_model_costs_no_turn_of_the_loop() -> None:
         assert small.nothing_is_left()
 
 
-def noticed() -> None: ...
-
-
 @jumping
-async def test_a_lease_at_once_is_granted_already_or_there_is_none() -> None:
+async def test_who_holds_an_engine_at_once_does_or_does_not() -> None:
     async with Small().running() as small:
-        assert small.scheduler.lease_at_once(A, noticed) is None  # it is being brought up
+        hold, who = small.scheduler.brief.hold, Holds(A)
+        assert not hold(who)  # it is being brought up
         await small.until_booted()
-        lease = small.scheduler.lease_at_once(A, noticed)
-        assert lease is not None
-        assert small.engine(A).phase.leases == {lease.ticket.id}
+        assert hold(who)
+        assert small.engine(A).phase.leases == {who.ticket}
         state = small.scheduler.state
-        assert small.scheduler.lease_at_once(B, noticed) is None
-        assert small.scheduler.lease_at_once(ModelId("unknown"), noticed) is None
+        assert not hold(Holds(B))
+        assert not hold(Holds(ModelId("unknown")))
         assert small.scheduler.state is state  # nobody has asked for anything
         async with asyncio.TaskGroup() as group:
             group.create_task(ask(small.scheduler, B))
             await asyncio.sleep(0.1)
-            assert small.scheduler.lease_at_once(A, noticed) is None  # another is waited for
-            lease.served()
-            lease.close()
-            lease.close()
+            assert not hold(Holds(A))  # another is waited for
+            who.close(small.scheduler, served=True)
+            who.close(small.scheduler, served=True)
         assert small.nothing_is_left()
 
 
