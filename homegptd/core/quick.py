@@ -13,7 +13,8 @@ from .events import Event, RequestArrived, TicketClosed
 from .model import Asleep, Awake, Down, Engine, ModelId, State, Ticket, TicketId
 
 LOOK_AGAIN_S = 0.2
-"""Until the box looks what to do by itself after the last answer of an engine, in seconds."""
+"""Until the box looks what to do by itself after the last answer of an engine, in seconds; and the
+longest that the core may not know of a request (`runtime.brief`)."""
 
 
 def quick(state: State, event: Event, now: float, *, calm: bool = False) -> Outcome | None:

@@ -32,7 +32,8 @@ class Limits(Struct, frozen=True):
     @property
     def tick_s(self) -> float:
         """From one look at whether an answer goes on to the next, and so from one comment to the
-        next. No limit is overrun by more than two of them, a quarter of it."""
+        next. No limit is overrun by more than two of them, a quarter of it, but for limits of less
+        than 0.2 s: nobody looks at a small request before (`exchange`)."""
         return min(self.first_byte_s / 8, self.between_bytes_s / 8, self.client_s / 8, _TICK_S)
 
 

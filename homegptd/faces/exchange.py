@@ -134,7 +134,7 @@ class Exchange:
     # ------------------------------------------------------------ what takes more than that
 
     def noticed(self, lease: Lease) -> None:
-        """From now on it can be cut, and time counts."""
+        """From now on it can be cut, once it is connected, and time counts."""
         self._lease = lease
         if self._connection is not None:
             self._answers()

@@ -112,7 +112,8 @@ class Express:
         return Known(head, guard, client, route, outlet)
 
     def take(self, known: Known, body: bytes) -> Exchange | None:
-        """What is to be begun; None where this request goes the long way."""
+        """What is to be begun. None where this request goes the long way, as it does too if that
+        comes to nothing."""
         name = openai.named_only(body) if len(body) <= self.largest else None
         if name is None:
             return None

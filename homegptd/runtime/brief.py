@@ -1,4 +1,4 @@
-"""What the core has not been told of yet, because nobody has looked: short leases of awake models.
+"""What the core has not been told of yet, because nobody has looked: who holds an awake model.
 
 An awake model that nobody else wants serves request after request, and each is two steps that leave
 everything as it was but for a few times. So they are noted here. Those that still run and the last
@@ -31,21 +31,21 @@ class Holder(Protocol):
 
 
 class Brief:
-    """Of the leases of a model that have ended only the last one counts: it tells the times."""
+    """Of those who have let a model go only the last one counts: it tells the times."""
 
     def __init__(
         self,
         tickets: Iterator[TicketId],
         clock: Callable[[], float],
-        may_serve: Callable[[ModelId], bool],
+        begin_serving: Callable[[ModelId], bool],
     ) -> None:
-        """`may_serve`: whether the model serves, and the core will ask before long."""
-        self._tickets, self._clock, self._may_serve = tickets, clock, may_serve
+        """`begin_serving`: whether the model serves; then the core must ask before long."""
+        self._tickets, self._clock, self._begin_serving = tickets, clock, begin_serving
         self.serving: set[ModelId] = set()
-        """Whose leases may be given so: what the core was told last is what holds."""
+        """Which may be held so: what the core was told last is what holds."""
         self._running: dict[TicketId, Holder] = {}
         self._served: set[ModelId] = set()
-        """Whose leases were served, if only one of them."""
+        """Which of them gave a whole answer to anybody."""
         self._last: dict[ModelId, tuple[TicketId, float, float]] = {}
         """The last one that has ended: its ticket, from when to when."""
 
@@ -56,7 +56,7 @@ class Brief:
         False where the model does not serve, or where somebody wants something else of the box.
         """
         if who.model not in self.serving:
-            if not self._may_serve(who.model):
+            if not self._begin_serving(who.model):
                 return False
             self.serving.add(who.model)
         who.ticket = ticket = next(self._tickets)

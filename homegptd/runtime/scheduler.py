@@ -79,7 +79,7 @@ class Scheduler:
         self._leases: dict[TicketId, Lease] = {}
         """Those that the core knows of."""
         self._tickets = cast("Iterator[TicketId]", itertools.count(1))
-        self.brief = Brief(self._tickets, self.loop.time, self._may_serve)
+        self.brief = Brief(self._tickets, self.loop.time, self._begin_serving)
         self._operations = itertools.count(1)
         self._ended: dict[OperationId, Ended] = {}
         self._emptied: asyncio.Future[None] | None = None
@@ -173,16 +173,18 @@ class Scheduler:
     def tell_core(self) -> None:
         """Of what has been brief until now. It has changed nothing, so all of it is still quick."""
         events, running = self.brief.take(self._max_wait_s)
-        leases = [(who, Lease(self, ticket)) for who, ticket in running]
-        self._leases.update((lease.ticket.id, lease) for _, lease in leases)
+        holders = [(who, Lease(self, ticket)) for who, ticket in running]
+        self._leases.update((lease.ticket.id, lease) for _, lease in holders)
         try:
-            for at, event in events:
-                outcome = quick(self._state, event, at, calm=True)
-                if outcome is None:
-                    raise AssertionError(f"{event} came to a model that does not serve")
-                self._state = outcome.state
-            for who, lease in leases:
-                who.noticed(lease)
+            try:
+                for at, event in events:
+                    outcome = quick(self._state, event, at, calm=True)
+                    if outcome is None:
+                        raise AssertionError(f"{event} came to a model that does not serve")
+                    self._state = outcome.state
+            finally:
+                for who, lease in holders:
+                    who.noticed(lease)
         except BaseException as error:
             self._defect(error)
             raise
@@ -249,7 +251,8 @@ class Scheduler:
         )
         return Lease(self, ticket)
 
-    def _may_serve(self, model: ModelId) -> bool:
+    def _begin_serving(self, model: ModelId) -> bool:
+        """Whether tickets for it would be granted at once. Then the core is told before long."""
         if self._stepping or self._emptied is not None or self._broken.done():
             return False
         if not serves(self._state, model, calm=self._calm):

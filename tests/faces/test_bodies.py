@@ -234,3 +234,15 @@ def test_the_same_holds_on_uvloop(tmp_path: Path, check) -> None:  # type: ignor
     uvloop = pytest.importorskip("uvloop")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(check(tmp_path))
+
+
+def test_a_small_one_has_room_beside_all_others_or_none() -> None:
+    bodies = Bodies(10, in_memory=8)
+    bodies.held_on_disk = 3
+    assert not bodies.take(8)  # of all
+    assert bodies.take(7)
+    bodies.give_back(7)
+    bodies.held_on_disk = 0
+    assert not bodies.take(9)  # of memory
+    assert bodies.take(8)
+    assert bodies.held == bodies.held_in_memory == 8

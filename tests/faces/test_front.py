@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from homegptd.config.keys import Key, digest
-from homegptd.core.model import Asleep, SleepLevel
+from homegptd.core.model import Asleep, ModelId, SleepLevel
 from homegptd.core.quick import LOOK_AGAIN_S
 from homegptd.core.refusals import Reason, Refusal
 from homegptd.faces import front
@@ -19,6 +20,8 @@ from homegptd.faces.ask import Limits
 from homegptd.faces.bodies import Bodies
 from homegptd.faces.clients import Keyring
 from homegptd.faces.guard import Guard
+from homegptd.faces.pool import Upstream
+from homegptd.faces.upstream import Connection
 
 from . import box
 from .box import (
@@ -540,7 +543,7 @@ async def test_a_connection_made_anew_has_all_its_time(path: Path) -> None:
         asked.writer.close()
 
     async def late(asked: Asked) -> None:
-        await asyncio.sleep(0.4)
+        await asyncio.sleep(0.65)
         asked.writer.write(GOOD)
 
     script, limits = in_turn(saying(GOOD), closes_late, late), Limits(first_byte_s=0.7)
@@ -612,6 +615,76 @@ async def test_who_turns_out_to_be_gone_has_no_answer(path: Path) -> None:
         go.set()
         await settled(b, 2)
         assert b.accounts.snapshot()[0].aborted == 1
+
+
+def has_failed(b: Box) -> None:
+    state = b.scheduler.state
+    chat = replace(state.engines[ModelId("chat")], failures=1)
+    b.scheduler._state = replace(state, engines={**state.engines, ModelId("chat"): chat})
+
+
+@pytest.mark.parametrize("noticed", [False, True])
+@pytest.mark.parametrize("served", [False, True])
+async def test_who_was_served_proves_that_the_engine_is_well(
+    path: Path, *, noticed: bool, served: bool
+) -> None:
+    go = asyncio.Event()
+    script = after_a_good_one(echo_after(go))
+    async with Engine(path, script).running() as engine, box.running({"chat": path}) as b:
+        client = await b.connect()
+        await client.ask(content=HELLO)
+        has_failed(b)
+        client.send(content=HELLO)
+        await b.until(lambda: len(engine.asked) == 2)
+        if noticed:
+            assert b.leases() == 1
+        if served:
+            go.set()
+            assert (await client.reply()).status == 200
+        else:
+            client.hang_up()
+            await b.until(lambda: b.clients_served() == 0)
+        await b.until(lambda: b.leases() == 0)
+        assert b.scheduler.state.engines[ModelId("chat")].failures == (0 if served else 1)
+
+
+async def test_who_leaves_while_connecting_reaches_no_engine(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, connected, connect = asyncio.Event(), asyncio.Event(), Upstream.connect
+
+    async def slow(upstream: Upstream) -> Connection:
+        await go.wait()
+        connected.set()
+        return await connect(upstream)
+
+    async with Engine(path, echo).running() as engine, box.running({"chat": path}) as b:
+        client = await b.connect()
+        monkeypatch.setattr(Upstream, "connect", lambda upstream, **_: slow(upstream))
+        client.send(content=HELLO)
+        await b.until(lambda: b.leases() == 1)
+        client.hang_up()
+        await settled(b, 1)
+        go.set()
+        assert (await (await b.connect()).ask(content=HELLO)).status == 200
+        assert len(engine.asked) == 1
+
+
+async def test_a_connection_that_is_closing_is_not_used(path: Path) -> None:
+    async with Engine(path, echo).running() as engine, box.running({"chat": path}) as b:
+        client = await b.connect()
+        for _ in range(2):
+            await client.ask(content=HELLO)
+        [connection] = b.server.connections
+        assert isinstance(connection, front.Front)
+        [upstream] = b.door.express.pool._upstreams.values()
+        transport = upstream._idle[0]._transport
+        assert transport is not None
+        transport.close()  # as when its end was read in this turn of the loop
+        connection.data_received(HEAD + BODY)
+        assert (await client.reply()).json["number"] == 3
+        assert engine.connections == 2
+        await settled(b, 3)
 
 
 async def test_heads_that_differ_each_time_leave_nothing(path: Path) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
+from homegptd.core.events import ConfigChanged
 from homegptd.core.model import Act, Awake, Exit, ModelId, TicketId
 from homegptd.core.quick import LOOK_AGAIN_S
 from homegptd.core.refusals import Reason
@@ -231,3 +233,66 @@ async def test_one_that_takes_its_time_is_noticed() -> None:
         first.close(small.scheduler)
         second.close(small.scheduler)
         assert small.nothing_is_left()
+
+
+def rests(small: Small, after_s: float) -> None:
+    state = small.scheduler.state
+    specs = [replace(each.spec, sleep_after_s=after_s) for each in state.engines.values()]
+    small.scheduler.post(ConfigChanged(tuple(specs), state.policy, state.gpus, state.host_mib))
+
+
+@jumping
+async def test_a_far_deadline_does_not_put_it_off() -> None:
+    async with Small().running() as small:
+        await small.until_booted()
+        rests(small, 60.0)
+        who = held(small.scheduler)
+        await asyncio.sleep(2 * LOOK_AGAIN_S)
+        assert is_noticed(who)
+        who.close(small.scheduler)
+
+
+@jumping
+async def test_it_does_not_put_off_a_near_deadline() -> None:
+    async with Small().running() as small:
+        await small.until_booted()
+        rests(small, 10.0)
+        held(small.scheduler).close(small.scheduler)
+        await asyncio.sleep(10.0 - LOOK_AGAIN_S / 2)
+        who = held(small.scheduler)
+        await asyncio.sleep(0.75 * LOOK_AGAIN_S)
+        assert is_noticed(who)
+        who.close(small.scheduler)
+
+
+@jumping
+async def test_who_was_served_speaks_for_one_life_of_an_engine_only() -> None:
+    async with Small().running() as small:
+        await small.until_booted()
+        held(small.scheduler).close(small.scheduler, served=True)
+        small.engines[A].end(Exit(9, "was killed"))
+        await small.until(lambda: not isinstance(small.engine(A).phase, Awake))
+        await small.until(lambda: isinstance(small.engine(A).phase, Awake))
+        held(small.scheduler).close(small.scheduler)
+        assert small.engine(A).failures == 1
+
+
+@jumping
+async def test_a_defect_leaves_nobody_in_the_dark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever holds a model must be able to let it go while the daemon ends."""
+
+    async def ends() -> None:
+        async with Small().running() as small:
+            await small.until_booted()
+            who = held(small.scheduler)
+            with monkeypatch.context() as patch:
+                patch.setattr("homegptd.runtime.scheduler.quick", lambda *_, **__: None)
+                with pytest.raises(AssertionError):
+                    small.scheduler.tell_core()
+            assert is_noticed(who)
+            who.close(small.scheduler)
+            await asyncio.sleep(1)
+
+    with pytest.raises(ExceptionGroup) as found:
+        await ends()
+    assert found.group_contains(AssertionError, match="came to a model")
