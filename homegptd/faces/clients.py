@@ -88,7 +88,8 @@ class Client:
     @contextmanager
     def _one_more(self, name: str, most: float) -> Iterator[None]:
         if self.running[name] >= most:
-            text = f'the key "{name}" may have {most} requests under way, and has'
+            requests = "1 request" if most == 1 else f"{most} requests"
+            text = f'the key "{name}" may have {requests} under way, and has'
             raise Denied(errors.of_reason("too-many-requests", text))
         self.running[name] += 1
         try:

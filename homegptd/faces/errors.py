@@ -118,6 +118,7 @@ def said(status: int, content: bytes) -> Problem:
 
 
 _NEVER = {"x-should-retry": "false"}
+_ENDS = codes.openai_code("shutting-down")
 
 
 def _retry(word: str, status: int, after_s: float | None) -> Mapping[str, str]:
@@ -147,7 +148,10 @@ def body(problem: Problem, shape: Shape) -> dict[str, object]:
 
 def response(problem: Problem, shape: Shape = Shape.OPENAI) -> web.Response:
     """The error as a whole answer."""
-    return web.json_response(body(problem, shape), status=problem.status, headers=problem.headers)
+    reply = web.json_response(body(problem, shape), status=problem.status, headers=problem.headers)
+    if problem.code == _ENDS:
+        reply.force_close()  # or the client sends its next request to nobody
+    return reply
 
 
 def frame(problem: Problem, shape: Shape) -> bytes:

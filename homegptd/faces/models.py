@@ -100,7 +100,7 @@ class Models:
         """Names what is near, or else what there is."""
         known = [each for view in self.views() for each in (view["id"], *view["aliases"])]
         asked = name.lower() if len(name) <= _LONGEST else ""  # the search is quadratic
-        near = difflib.get_close_matches(asked, known, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(asked, known, n=3, cutoff=0.6)
         hint = f"did you mean {' or '.join(near)}" if near else f"known are {', '.join(known)}"
         hint = hint if known else "this key may use none"
         shown = name if len(name) <= _LONGEST else name[:_LONGEST] + "…"

@@ -8,10 +8,12 @@ import resource
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
-from aiohttp import web
+from aiohttp import http_exceptions, web
 from aiohttp.web_protocol import RequestHandler
 
+from . import errors
 from .ask import Broken
+from .errors import Problem
 from .express import Express
 from .front import QUIET_TICKS, Front
 from .outlet import Tells
@@ -23,6 +25,7 @@ HEAD_S = 30.0
 """From the connection to the end of the first request's head, in seconds. A client that sends half
 a head and waits would otherwise keep a descriptor for as long as it likes."""
 
+_LONGEST_TOLD = 200
 _QUIET = logging.getLogger("homegptd.faces.server.peers")
 _QUIET.setLevel(logging.CRITICAL + 1)
 """What aiohttp says of peers that do not speak HTTP: a traceback for each, so anybody could fill
@@ -43,6 +46,21 @@ class Connection(Tells, RequestHandler):
         request = self._current_request
         if self._messages and request is not None and not request.content.is_eof():
             request.content.set_exception(web.RequestPayloadError("its chunks are garbled"))
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """What aiohttp's parser refuses, in the form of all our errors. Closes the connection."""
+        reply = super().handle_error(request, status, exc, message)
+        if status != 400:
+            return reply
+        reply = errors.response(_refused(exc, message or ""))
+        reply.force_close()
+        return reply
 
 
 class Server(web.Server):
@@ -117,6 +135,18 @@ class Server(web.Server):
         transport = self._silent.pop(handler, None)
         if transport is not None:
             transport.abort()
+
+
+def _refused(exc: BaseException | None, message: str) -> Problem:
+    match exc:
+        case http_exceptions.ContentEncodingError():
+            text = "its Content-Encoding cannot be read here: gzip and deflate can"
+            return errors.bad_request(text, status=415)
+        case http_exceptions.LineTooLong():
+            return errors.bad_request("a line of its head is too long", status=431)
+        case _:
+            first = message.strip().partition("\n")[0].rstrip(": ")[:_LONGEST_TOLD]
+            return errors.bad_request(f"this is no request of HTTP/1.1: {first}")
 
 
 def _room_for_connections() -> int:

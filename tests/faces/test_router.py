@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from homegptd.core.events import ShutdownAsked
 from homegptd.core.model import Asleep, Down, Failure, ModelId, Policy, SleepLevel
 from homegptd.faces.routes import ROUTES, Where
 
@@ -80,6 +81,16 @@ async def test_anthropics_clients_hear_anthropics_words(two: box.Box) -> None:
     assert reply.status == 404
     assert reply.json["type"] == "error"
     assert reply.error["type"] == "not_found_error"
+
+
+async def test_a_refusal_at_the_end_ends_the_connection_too(two: box.Box) -> None:
+    """Or its client sends the next request to nobody."""
+    client = await two.connect()
+    two.scheduler.post(ShutdownAsked())
+    reply = await client.ask(content=HELLO)
+    assert (reply.status, reply.error["code"]) == (503, "shutting_down")
+    assert reply.headers["connection"] == "close"
+    assert await client.closed()
 
 
 @pytest.mark.parametrize(

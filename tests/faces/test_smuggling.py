@@ -119,6 +119,25 @@ async def test_what_could_be_two_requests_is_none(one: tuple[box.Box, Engine], r
 
 
 @pytest.mark.parametrize(
+    ("raw", "status", "word"),
+    [(head(b"nothing\r\n", LENGTH) + BODY, 400, "no request of HTTP"),
+     (head(b"X: " + b"y" * 10_000 + b"\r\n", LENGTH) + BODY, 431, "too long"),
+     (head(b"Content-Encoding: zstd\r\n", LENGTH) + BODY, 415, "gzip and deflate can"),
+     (head(b"Content-Encoding: br\r\n", LENGTH) + BODY, 415, "gzip and deflate can")],
+)  # fmt: skip
+async def test_what_the_parser_refuses_is_an_error_as_any(
+    one: tuple[box.Box, Engine], raw: bytes, status: int, word: str
+) -> None:
+    client = await one[0].connect()
+    client.writer.write(raw)
+    reply = await client.reply()
+    assert (reply.status, reply.error["code"]) == (status, "bad_request")
+    assert word in reply.error["message"]
+    assert b"yyyy" not in reply.body
+    assert await client.closed()
+
+
+@pytest.mark.parametrize(
     "rest", [b"+5\r\nhello\r\n", b"5\r\nhello!\r\n", b"\r\n", b"f" * 17 + b"\r\n", b"xyz\r\n"]
 )
 async def test_a_body_that_is_garbled_later_ends_at_once(
