@@ -63,5 +63,11 @@ def tail(path: Path, lines: int) -> tuple[str, ...]:
     return tuple(text for text in texts if text.strip())[-lines:]
 
 
+def last_words(path: Path) -> str:
+    """The newest line that may say why: ordinary news (INFO, each request) does not."""
+    said = (line.strip() for line in reversed(tail(path, 50)))
+    return next((line[:300] for line in said if "INFO" not in line), "")
+
+
 def _split(block: bytes) -> list[str]:
     return block.decode(errors="replace").split("\n")

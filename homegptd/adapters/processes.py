@@ -24,7 +24,7 @@ from homegptd.core.model import Exit, ModelId, Running
 from homegptd.core.refusals import Fault
 
 from . import host_memory
-from .engine_log import LOG_CAP_BYTES, LOOK_EVERY_S, cap_log, open_log, tail
+from .engine_log import LOG_CAP_BYTES, LOOK_EVERY_S, cap_log, last_words, open_log, tail
 from .sessions import Record, Run, boot_id, emptied, leftover, members_of, remove, signal_session
 from .spawning import cannot_start, is_lasting, spawn_fault, words
 
@@ -148,8 +148,8 @@ class Processes:
         await engine.ended.wait()
         left = await self._sweep(model, engine)
         detail = engine.how_it_ended()
-        if engine.code != 0 and engine.log is not None and (words := tail(engine.log, 1)):
-            detail = f"{detail}: {words[-1].strip()[:300]}"
+        if engine.code != 0 and engine.log is not None and (said := last_words(engine.log)):
+            detail = f"{detail}: {said}"
         return Exit(engine.code, f"{detail}; {left}" if left else detail)
 
     def image(self, model: ModelId) -> str:

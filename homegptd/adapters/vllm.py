@@ -29,6 +29,10 @@ _PINS_MIB_S = 512.0
 """Half of the slowest pinning that was reported; what is known of a size may be half of it too."""
 
 
+_STREAM = (None, Kind.GENERATE)
+"""Whose answers can be frozen: models of this kind, and those of which it is not known yet."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deadlines:
     """Seconds; vLLM has none of its own for any of this (vllm#45644)."""
@@ -375,7 +379,7 @@ class VllmEngine:
             version,
             levels,
             why,
-            can_keep=bool(levels) and self._profile.sleep_modes,
+            can_keep=bool(levels) and self._profile.sleep_modes and self._kind in _STREAM,
             can_rouse=bool(levels) and self._profile.takes_back,
             asleep=asleep,
             asleep_level=level,

@@ -125,6 +125,18 @@ async def test_the_first_sigterm_may_be_swallowed(make: Make, tmp_path: Path) ->
     assert "once" in launch.log.read_text()
 
 
+async def test_ordinary_news_is_not_why_an_engine_ended(make: Make, tmp_path: Path) -> None:
+    news = r"""(APIServer pid=7) INFO:     - "GET /is_sleeping HTTP/1.1" 200 OK"""
+    launch = shell(tmp_path, f"echo 'out of memory'; echo '{news}'; kill -9 $$")
+    processes = make(a=launch)
+    await processes.start(A)
+    assert (await processes.gone(A)).detail == "killed by SIGKILL: out of memory"
+    launch = shell(tmp_path, f"echo '{news}'; kill -9 $$")
+    processes = make(a=launch)
+    await processes.start(A)
+    assert (await processes.gone(A)).detail == "killed by SIGKILL"
+
+
 async def test_what_ignores_sigterm_is_killed(make: Make, tmp_path: Path) -> None:
     launch = shell(tmp_path, 'trap "" TERM; echo up; sleep 60; sleep 60')
     processes = make(a=launch)

@@ -260,6 +260,14 @@ async def nothing() -> None:
 # --- other kinds, other versions
 
 
+@pytest.mark.parametrize(
+    ("kind", "streams"), [("embed", False), ("score", False), ("generate", True)]
+)
+async def test_only_answers_that_stream_can_be_kept(tmp_path: Path, kind: str, *, streams: bool):
+    async with box(tmp_path, kind=kind) as made:
+        assert (await made.engine.identify()).can_keep is streams
+
+
 @pytest.mark.parametrize("kind", ["embed", "score", "generate"])
 async def test_each_kind_of_model_is_recognised_and_has_its_canary(tmp_path: Path, kind: str):
     async with box(tmp_path, kind=kind) as made:
@@ -286,6 +294,7 @@ async def test_a_model_without_a_canary_sleeps_at_level_1_only(tmp_path: Path):
     async with box(tmp_path, adapter_kind=Kind.OTHER) as made:
         traits = await made.engine.identify()
         assert traits.levels == {ONE}
+        assert not traits.can_keep
         assert "level 2 needs a canary" in (traits.why_no_sleep or "")
         await made.engine.sleep(ONE, WAIT)
         await made.engine.wake(ONE, frozen=False)
