@@ -124,11 +124,16 @@ def _fields(key: Any) -> dict[str, object]:
 
 
 def _tell_daemon(asked: Asked, where: _Where) -> None:
-    """Raises: Stop."""
-    if not where.counts:
-        _say(f"it counts once http.keys is {where.file}: homegptctl reload")
-    elif daemon_runs(asked):
+    """It may have been started with another configuration than ours, which names that file.
+
+    Raises: Stop.
+    """
+    told = daemon_runs(asked)
+    if told:
         _say(reload_daemon(asked))
+    if not where.counts:
+        more = "" if told else ": homegptctl reload"
+        _say(f"it counts once http.keys is {where.file}{more}")
 
 
 def _say(text: str) -> None:

@@ -11,6 +11,8 @@ import pytest
 from homegptd.config.keys import digest, load
 from homegptd.ctl.__main__ import main
 
+from .conftest import Daemon
+
 Ctl = Callable[..., tuple[int, str, str]]
 
 
@@ -31,6 +33,14 @@ def test_the_key_is_alone_on_standard_output(ctl: Ctl, tmp_path: Path) -> None:
     assert (key.models, key.max_wait_s) == ({"a", "b"}, 30)
     assert "shown only here" in told
     assert "http.keys" in told  # which does not name this file
+
+
+def test_a_daemon_is_told_whatever_file_its_configuration_names(ctl: Ctl, daemon: Daemon) -> None:
+    """It may be another configuration than the one that is looked at here."""
+    ctl("add", "laptop")
+    _, _, told = ctl("remove", "laptop")
+    assert "homegptctl: homegptd: " in told
+    assert "it counts once http.keys is" in told
 
 
 def test_keys_are_listed_without_their_secret(ctl: Ctl) -> None:
