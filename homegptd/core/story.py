@@ -301,7 +301,7 @@ def _again(retry_at: float | None, now: float) -> str:
     if retry_at is None:
         return "only an operator starts it again"
     wait = max(0.0, retry_at - now)
-    return f"next try in {span(wait)}" if wait else "next try at once"
+    return f"next try in {span(wait)}" if wait else "it starts again when it is wanted"
 
 
 def _failure(phase: Phase) -> Failure | None:

@@ -71,7 +71,8 @@ by itself; homegptctl(1) says what changes in which state. Where the terminal is
 columns are left out.""",
     "switch": """\
 Others make room for it: running answers end first, or are cut with --now; then they sleep, or stop
-where they cannot sleep. No pinned model makes room without --force. What keeps it waiting stands
+where they cannot sleep. A request whose answer --now cuts before its first byte is sent again, and
+may bring its model back. No pinned model makes room without --force. What keeps it waiting stands
 in the live line. Ctrl-C leaves, the switch goes on: `homegptctl operation ID` looks again,
 `homegptctl cancel ID` gives it up.""",
     "sleep": """\

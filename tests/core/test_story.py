@@ -60,7 +60,7 @@ def test_a_failure_is_an_error_with_its_hint_and_what_happens_next() -> None:
     assert line.level == "error"
     assert line.text == (
         "a failed while awake: vLLM answered 500 to /sleep; stopping what is left,"
-        " next try at once; hint: journalctl -u vllm-a.service"
+        " it starts again when it is wanted; hint: journalctl -u vllm-a.service"
     )
 
 
