@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Raw
 
 ABORT = b'"abort"'
+ERROR_EVENT = b'data: {"error"'
 _ABORT = re.compile(rb'(?:finish|stop)_reason"\s*:\s*"abort"')
 _CANCELLED = re.compile(rb'"status":"cancelled"')
 """How vLLM 0.32 translates it for /v1/responses. Without Harmony an aborted response says

@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
 import httptools
 
 from .bodies import Body, Spooled
+from .cuts import ABORT, ERROR_EVENT
 from .heads import Frame, Head, framed
+from .usage import MARK
 
 if TYPE_CHECKING:
     from .pool import Upstream
 
 MAX_HEAD = 64 * 1024
+EVENT_END = b"\n\n\r\n"
+"""With the end of its chunk."""
 _ONE_WRITE = 64 * 1024
 
 
@@ -37,6 +41,13 @@ gets it."""
 class Connection(asyncio.Protocol):
     """One connection to an engine; serves one sink at a time."""
 
+    __slots__ = (
+        "_answers", "_choked", "_chunked", "_due", "_frame", "_fresh", "_headed", "_headers",
+        "_in_chunk", "_parser", "_paused", "_raw", "_reason", "_reusable", "_sink", "_told",
+        "_transport", "_unsent", "_upstream", "_whole", "between", "complete", "idle_since",
+        "silent", "spoke", "straight", "used",
+    )  # fmt: skip
+
     def __init__(self, upstream: Upstream) -> None:
         self.idle_since = 0.0
         self.used = False
@@ -45,6 +56,10 @@ class Connection(asyncio.Protocol):
         self.complete = False
         self.between = False
         """What came last ends where a chunk ends, and the next one follows."""
+        self.straight: asyncio.Transport | None = None
+        """Whoever is to get the next chunk as it comes, if that is an event as most are."""
+        self.spoke = False
+        """Some of the answer has come since the sink looked."""
         self._upstream = upstream
         self._sink: Sink | None = None
         self._transport: asyncio.Transport | None = None
@@ -77,7 +92,7 @@ class Connection(asyncio.Protocol):
         if not self._fresh:
             self._forget()
         self._whole, self._sink = whole if self._frame is not None else None, sink
-        self.silent, self.complete, self._reusable = True, False, False
+        self.silent, self.complete, self._reusable, self.spoke = True, False, False, False
         transport = self._transport
         if transport is None or transport.is_closing():
             self._sink = None
@@ -117,7 +132,7 @@ class Connection(asyncio.Protocol):
 
     def leave(self) -> None:
         """The sink is done: keep the connection if the answer is complete, else close it."""
-        transport, self._sink = self._transport, None
+        transport, self._sink, self.straight = self._transport, None, None
         if transport is None:
             return
         if self._reusable and self._unsent is None and not transport.get_write_buffer_size():
@@ -153,11 +168,27 @@ class Connection(asyncio.Protocol):
         self._transport.set_write_buffer_limits(high=0)  # write at once, as to clients
 
     def data_received(self, data: bytes) -> None:
+        client = self.straight
+        if client is not None:
+            # rfind costs a third of what `in` does for such short bytes (CPython 3.11)
+            if (
+                data.startswith(_size_line(len(data)))
+                and data.endswith(EVENT_END)
+                and data.rfind(MARK) < 0
+                and data.rfind(ABORT) < 0
+                and data.rfind(ERROR_EVENT) < 0
+            ):
+                self.spoke = True
+                if not client.is_closing():  # uvloop raises where asyncio only warns
+                    client.write(data)
+                return
+            self.straight = None
         sink = self._sink
         if sink is None:
             self.discard()  # an answer that nobody asked for
             return
         if self.between and data.startswith(_size_line(len(data))) and data.endswith(b"\r\n"):
+            self.spoke = True
             sink.on_body(data)  # one whole chunk: the parser need not see it
             return
         whole, self._whole = self._whole, None
@@ -245,6 +276,7 @@ class Connection(asyncio.Protocol):
 
     def _hand_over(self, data: bytes, sink: Sink) -> None:
         if data and self._sink is sink:
+            self.spoke = True
             sink.on_body(data)
         if self.complete and self._sink is sink:
             sink.on_end()
@@ -262,7 +294,7 @@ class Connection(asyncio.Protocol):
         self._break("closed the connection" if exc is None else f"is gone ({exc})")
 
     def _break(self, why: str) -> None:
-        sink, self._sink, self._unsent = self._sink, None, None
+        sink, self._sink, self._unsent, self.straight = self._sink, None, None, None
         self._reusable = False
         if self._transport is not None:
             self._transport.abort()
@@ -308,6 +340,8 @@ def _size_line(length: int) -> bytes:
 
 class Unchunked(Connection):
     """For clients of HTTP/1.0, who know no transfer coding: the sink gets the bare body."""
+
+    __slots__ = ("_pieces",)
 
     def __init__(self, upstream: Upstream) -> None:
         self._pieces: list[bytes] = []

@@ -382,8 +382,9 @@ async def test_a_failed_model_is_refused_with_its_status_where_the_head_is_not_o
 
 
 @pytest.mark.parametrize("more", ["", WEBUI], ids=["others", "Open WebUI"])
+@pytest.mark.parametrize("held", [20, 0], ids=["half of one is held", "none is held"])
 async def test_a_frozen_answer_shows_that_it_lives_between_its_events(
-    tmp_path: Path, more: str
+    tmp_path: Path, more: str, held: int
 ) -> None:
     path, seen, go = tmp_path / "chat", asyncio.Event(), asyncio.Event()
     half = token("b")
@@ -391,9 +392,11 @@ async def test_a_frozen_answer_shows_that_it_lives_between_its_events(
     async def script(asked: Asked) -> None:
         asked.writer.write(SSE + token("a"))
         await seen.wait()
-        asked.writer.write(half[:20])  # held back
+        asked.writer.write(half[:held])
         await go.wait()
-        asked.writer.writelines((half[20:], *FINE[2:]))
+        asked.writer.write(half[held:])
+        await asyncio.sleep(0.05)  # a packet of its own
+        asked.writer.writelines(FINE[2:])
 
     freezing = Policy(drain_s=0.0, on_deadline=OnDeadline.FREEZE)
     limits = box.Limits(between_bytes_s=0.4)

@@ -1,0 +1,114 @@
+"""Events that go straight on: nobody can tell that nobody has looked at them more closely."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from homegptd.faces.upstream import Connection
+
+from . import box
+from .box import DONE, END, HELLO, SSE, Asked, Box, Client, Engine, chunk, token
+
+STREAM = HELLO | {"stream": True}
+ABORTED = token("x", "abort")
+EVENTS = [
+    token("one"), token("two two"), token("x" * 300), token('"abort"'), token("0\r\n\r\n"),
+    token("\n\n"), chunk(b": a comment\n\n"), chunk(b'data: {"half":'), chunk(b"1}\n\n"),
+    chunk(b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}\n\n'),
+    token("a") + token("b"), b"05" + token("c")[2:] if len(token("c")) < 21 else token("c"),
+]  # fmt: skip
+LURE = token("lure")
+INSIDE = b"%x\r\n: " % (len(LURE) + 4)
+ERROR = chunk(b'data: {"error":{"message":"no"}}\n\n')
+ENDS = [
+    [DONE + END], [token("z", "stop"), DONE + END], [ABORTED, DONE + END], [ABORTED[:-30]],
+    [b"zz\r\n"], [ERROR, DONE + END], [ERROR, token("EngineCore encountered"), DONE + END],
+    [END + token("more")], [token("half")[:-9], LURE, b"x"],
+    [INSIDE, LURE, b"\n\n\r\n", token("a"), DONE + END], [token("a") + ABORTED],
+]  # fmt: skip
+WITHOUT = property(lambda _: None, lambda _, __: None)
+
+
+async def silent(asked: Asked) -> None:
+    await asked.hung_up()
+
+
+def packets(seed: int) -> list[bytes]:
+    """A stream in pieces, as vLLM sends it or not. It has begun, or it would be asked for again."""
+    dice = random.Random(seed)
+    chosen = [*dice.choices(EVENTS, k=dice.randint(0, 12)), *ENDS[seed % len(ENDS)]]
+    if dice.random() < 0.5:
+        said = b"".join(chosen)
+        cuts = sorted({0, len(said), *dice.choices(range(len(said)), k=dice.randint(0, 6))})
+        chosen = [said[a:b] for a, b in pairwise(cuts)]
+    return [SSE + token("first"), *chosen]
+
+
+async def begun(b: Box, engine: Engine, client: Client) -> Any:
+    """The answer to a request for a stream, of which nothing has come yet."""
+    asked = len(engine.asked)
+    client.send(content=STREAM)
+    await b.until(lambda: len(engine.asked) == asked + 1)
+    [flow] = [each.flow for each in b.server.connections if each.flow is not None]
+    return flow
+
+
+async def heard(b: Box, engine: Engine, pieces: list[bytes]) -> tuple[object, ...]:
+    """What a client gets of it, to the end."""
+    client = await b.connect()
+    up, straight = (await begun(b, engine, client))._connection, 0
+    for piece in pieces:
+        straight += up.straight is not None
+        up.data_received(piece)
+        if up._sink is None:
+            break
+    else:
+        up.connection_lost(None)
+    reply = await client.reply()
+    client.hang_up()
+    await b.until(lambda: b.leases() == 0 and not b.server.connections)
+    return reply.status, reply.body, reply.complete, bool(straight)
+
+
+@pytest.mark.parametrize("seed", range(66))
+async def test_it_is_the_same_with_and_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    path = tmp_path / "chat.sock"
+    async with Engine(path, silent).running() as engine, box.running({"chat": path}) as b:
+        *short, _ = await heard(b, engine, packets(seed))
+        tokens = [(each.tokens_read, each.tokens_written) for each in b.accounts.snapshot()]
+        monkeypatch.setattr(Connection, "straight", WITHOUT)
+        *long, straight = await heard(b, engine, packets(seed))
+        assert not straight
+        assert short == long
+        twice = [(each.tokens_read, each.tokens_written) for each in b.accounts.snapshot()]
+        assert twice == [(2 * read, 2 * written) for read, written in tokens]
+
+
+async def test_a_plain_event_goes_straight_on(tmp_path: Path) -> None:
+    path = tmp_path / "chat.sock"
+    async with Engine(path, silent).running() as engine, box.running({"chat": path}) as b:
+        pieces = [SSE + token("a"), token("b"), token("c"), DONE + END]
+        status, body, complete, straight = await heard(b, engine, pieces)
+        assert (status, complete, straight) == (200, True, True)
+        assert isinstance(body, bytes)
+        assert body.count(b"data: ") == 4
+
+
+async def test_half_an_event_is_known_as_such(tmp_path: Path) -> None:
+    """Nothing may be said for the engine in the middle of one."""
+    path = tmp_path / "chat.sock"
+    async with Engine(path, silent).running() as engine, box.running({"chat": path}) as b:
+        answer = await begun(b, engine, await b.connect())
+        for piece, clean in (
+            (SSE + token("a"), True), (token("b"), True), (chunk(b'data: {"half":'), False),
+            (chunk(b"1}\n\n"), True), (token("c"), True),
+        ):  # fmt: skip
+            answer._connection.data_received(piece)
+            assert (answer._clean, answer._connection.straight is not None) == (clean, clean)
