@@ -1,7 +1,8 @@
 """The hot path: an engine's answer goes to the client as the bytes that came.
 
 The engine's connection hands its bytes to `Answer`, which writes them to the client's transport in
-the same turn of the event loop; who asked is only told of the end. Nothing is parsed: the
+the same turn of the event loop (plain events in the midst of a stream it writes there by itself:
+`Connection.straight`); who asked is only told of the end. Nothing is parsed: the
 relay looks for a few words that no string inside JSON can contain unescaped (and reads the event
 in which one stands), and holds back
 
@@ -110,7 +111,7 @@ class Answer:
     __slots__ = (
         "_ask", "_begun", "_chunked", "_clean", "_client", "_connection", "_early", "_full",
         "_head", "_held", "_hold", "_idle_s", "_lease", "_limits", "_loop", "_outlet", "_over",
-        "_owed", "_plain", "_record", "_spoiled", "_sse", "_status", "_tell", "_tick_s",
+        "_plain", "_record", "_spoiled", "_sse", "_status", "_tell", "_tick_s",
         "_ticks", "_torn", "keep_alive", "problem", "stale",
     )  # fmt: skip
 
@@ -127,7 +128,7 @@ class Answer:
         """Over before it began, because the connection was: nothing has been asked yet."""
         self.problem: Broken | None = None
         """How it ended, if not well."""
-        self._head = self._owed = b""
+        self._head = b""
         self._status = 0
         self._sse = self._chunked = False
         self._held: bytes | bytearray = b""
@@ -210,7 +211,7 @@ class Answer:
                 self._held = held
                 return
             data, self._held = bytes(held), b""
-        self._torn = not whole
+        torn, self._torn = self._torn, not whole
         if data.rfind(MARK) >= 0 or not (whole or self._sse):
             self._record.passed(data, whole=whole or self._sse)
             if self._ask.strip_usage and self._sse:
@@ -219,6 +220,7 @@ class Answer:
         if flaw is not None:
             at, what = flaw
             self._held = data[:at]
+            self._torn = self._torn or (torn and self._whole_events() == 0)
             self._lost(what)
         elif self._begun:
             self._pass_on(data)
@@ -291,12 +293,14 @@ class Answer:
         """And what comes next goes straight on, where that needs no more than a look."""
         connection = self._connection
         self._clean = data.endswith(_EVENT_ENDS)
+        if self._early is not None:
+            data = self._early.last_words("goes on") + data
         if self._plain and self._clean and self._chunked and connection.between:
             connection.straight = self._client
         self._write(data)
 
     def _write(self, data: bytes) -> None:
-        if not self._client.is_closing():  # uvloop raises where asyncio only warns
+        if data and not self._client.is_closing():  # uvloop raises where asyncio only warns
             self._client.write(data)
 
     def on_full(self) -> None:
@@ -321,6 +325,8 @@ class Answer:
 
     def tick(self) -> None:
         """Count silence in steps: time spent frozen does not count, whenever it began."""
+        if self._over:
+            return  # nobody has left it yet
         if self._early is not None and not self._full:
             self._show_life(self._early)
         spoke, self._connection.spoke = self._connection.spoke, False
@@ -334,7 +340,9 @@ class Answer:
         if self._full:
             if self._idle_s >= limits.client_s:
                 self._client.abort()  # which cancels this request
-        elif self._idle_s >= (limits.between_bytes_s if self._head else limits.first_byte_s):
+        elif self._idle_s >= (
+            limits.between_bytes_s if self._head or self._begun else limits.first_byte_s
+        ):
             if self._connection.engine_silent_s() >= self._idle_s:
                 self._lease.silent(self._idle_s)
             self._lost(f"said nothing for {self._idle_s:g} s", again=False)
@@ -348,10 +356,7 @@ class Answer:
                 early.speak()
         elif self._sse and self._clean and not self._torn:
             early.speak(answering=True)
-            self._owed = self._owed or early.last_words("goes on")
-            if not self._held.startswith(self._owed):
-                self._held = self._owed + self._held  # goes out before the next event
-                self._connection.straight = None
+            self._connection.straight = None  # a status line may have to end first
 
     def _lost(self, what: str, *, again: bool = True) -> None:
         self._end(fault(self._lease.model, what), again=again)
@@ -373,7 +378,9 @@ class Answer:
         if client.is_closing():
             return
         if self._sse and not self._torn:
-            self._pass_on_whole_events()
+            if self._early is not None:
+                self._write(self._early.last_words("failed"))
+            self._write(bytes(self._held[: self._whole_events()]))
             event = errors.frame(problem, self._ask.shape)
             chunk = b"%x\r\n%s\r\n0\r\n\r\n" % (len(event), event)
             client.write(chunk if self._chunked else event)
@@ -383,8 +390,8 @@ class Answer:
         client.close()
         self._loop.call_later(self._limits.linger_s, client.abort)
 
-    def _pass_on_whole_events(self) -> None:
-        end = b"\n\n\r\n" if self._chunked else b"\n\n"
+    def _whole_events(self) -> int:
+        """How many of the bytes that are held belong to them."""
+        end = EVENT_END if self._chunked else b"\n\n"
         kept = self._held.rfind(end)
-        if kept >= 0:
-            self._client.write(bytes(self._held[: kept + len(end)]))
+        return kept + len(end) if kept >= 0 else 0

@@ -59,7 +59,7 @@ class Connection(asyncio.Protocol):
         self.straight: asyncio.Transport | None = None
         """Whoever is to get the next chunk as it comes, if that is an event as most are."""
         self.spoke = False
-        """Some of the answer has come since the sink looked."""
+        """Some of its body has come since the sink looked."""
         self._upstream = upstream
         self._sink: Sink | None = None
         self._transport: asyncio.Transport | None = None

@@ -422,6 +422,19 @@ async def test_a_frozen_answer_shows_that_it_lives_between_its_events(
             assert said.index(b"goes on after") < said.index(b'"b"')
 
 
+async def test_an_answer_with_an_early_head_may_be_silent_as_long_as_any(tmp_path: Path) -> None:
+    async def script(asked: Asked) -> None:
+        await asyncio.sleep(0.3)  # the head is out
+        asked.writer.write(SSE + token("a"))
+        await asked.hung_up()
+
+    path, limits = tmp_path / "chat", box.Limits(first_byte_s=60.0, between_bytes_s=0.4)
+    running = box.running({"chat": path}, pace=QUICK, limits=limits)
+    async with Engine(path, script).running(), running as b, asyncio.timeout(10):
+        reply = await b.ask(content=STREAM)
+        assert b"said nothing for 0.4" in reply.body
+
+
 async def test_an_answer_that_pauses_has_no_status_line(tmp_path: Path) -> None:
     """Its model is awake: a tool call is being written, say."""
     path, go = tmp_path / "chat", asyncio.Event()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from homegptd.core.refusals import Reason, Refusal
 from homegptd.faces.upstream import Connection
 
 from . import box
@@ -20,7 +22,7 @@ EVENTS = [
     token("one"), token("two two"), token("x" * 300), token('"abort"'), token("0\r\n\r\n"),
     token("\n\n"), chunk(b": a comment\n\n"), chunk(b'data: {"half":'), chunk(b"1}\n\n"),
     chunk(b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}\n\n'),
-    token("a") + token("b"), b"05" + token("c")[2:] if len(token("c")) < 21 else token("c"),
+    token("a") + token("b"), b"0" + token("c"),
 ]  # fmt: skip
 LURE = token("lure")
 INSIDE = b"%x\r\n: " % (len(LURE) + 4)
@@ -112,3 +114,64 @@ async def test_half_an_event_is_known_as_such(tmp_path: Path) -> None:
         ):  # fmt: skip
             answer._connection.data_received(piece)
             assert (answer._clean, answer._connection.straight is not None) == (clean, clean)
+
+
+async def test_nothing_follows_a_cut(tmp_path: Path) -> None:
+    path = tmp_path / "chat.sock"
+    async with Engine(path, silent).running() as engine, box.running({"chat": path}) as b:
+        client = await b.connect()
+        answer = await begun(b, engine, client)
+        up = answer._connection
+        for piece in (SSE + token("a"), token("b")):
+            up.data_received(piece)
+        assert up.straight is not None
+        answer._lease.cut.set_result(Refusal(Reason.CUT, "for a test"))
+        await b.until(lambda: answer._over)
+        up.data_received(token("late"))
+        reply = await client.reply()
+        assert b"for a test" in reply.body
+        assert b"late" not in reply.body
+
+
+async def test_nobody_speaks_for_an_answer_that_is_over(tmp_path: Path) -> None:
+    """The next answer may have begun over that connection."""
+    path = tmp_path / "chat.sock"
+    async with Engine(path, silent).running() as engine, box.running({"chat": path}) as b:
+        client = await b.connect()
+        answer = await begun(b, engine, client)
+        answer._connection.data_received(SSE + token("a"))
+        answer._connection.connection_lost(None)
+        answer._connection.spoke, answer._early._spoke_at = False, -inf
+        answer.tick()  # before whoever asked has woken up
+        assert answer._early._spoke_at == -inf
+        assert (await client.reply()).complete
+
+
+async def test_a_status_line_ends_once(tmp_path: Path) -> None:
+    path = tmp_path / "chat.sock"
+    async with Engine(path, silent).running() as engine, box.running({"chat": path}) as b:
+        client = await b.connect()
+        answer = await begun(b, engine, client)
+        up, early = answer._connection, answer._early
+        up.data_received(SSE + token("a"))
+        early._status_open = True
+        for text in ("b", "c"):
+            up.spoke, early._spoke_at = False, -inf
+            answer.tick()
+            up.data_received(token(text))
+        up.data_received(DONE + END)
+        said = (await client.reply()).body
+        assert said.count(b"goes on after") == 1
+        assert said.index(b"goes on after") < said.index(b'"b"')
+
+
+async def test_no_error_is_put_into_a_chunk_that_is_open(tmp_path: Path) -> None:
+    path = tmp_path / "chat.sock"
+    async with Engine(path, silent).running() as engine, box.running({"chat": path}) as b:
+        client = await b.connect()
+        up = (await begun(b, engine, client))._connection
+        up.data_received(SSE + token("a"))
+        aborted = token("x" * 100_000, "abort")
+        up.data_received(aborted[:-200])  # more than is held
+        up.data_received(aborted[-200:])
+        assert not (await client.reply()).complete
