@@ -11,12 +11,15 @@ import re
 import msgspec
 from msgspec import Raw
 
+from .usage import MARK
+
 ABORT = b'"abort"'
 ERROR_EVENT = b'data: {"error"'
 _ABORT = re.compile(rb'(?:finish|stop)_reason"\s*:\s*"abort"')
 _CANCELLED = re.compile(rb'"status":"cancelled"')
 """How vLLM 0.32 translates it for /v1/responses. Without Harmony an aborted response says
 "completed"; nothing in its bytes tells."""
+_GOES_ON = b'"finish_reason":null'
 _NO_REASON = b'"delta":{"stop_reason":null'
 """Of message_delta, the translation for /v1/messages; one not streamed has no reason at all."""
 _EVENT = b"data: "
@@ -40,6 +43,17 @@ class _Answer(_Part):
 
 
 _decoder = msgspec.json.Decoder(_Answer)
+
+
+def going_on(data: bytes) -> bytes | None:
+    """How an event ends that says no more than that its answer goes on, from there to the end.
+
+    None if these bytes end in any other way. vLLM 0.32 yields each event by itself, with one
+    choice, whose reason to end comes after all that was generated; what comes behind that is the
+    same in event after event, or usage.
+    """
+    at = data.rfind(_GOES_ON)
+    return data[at:] if at >= 0 and data.find(MARK, at) < 0 else None
 
 
 def reads_more(path: str) -> bool:

@@ -34,7 +34,7 @@ from homegptd.runtime.lease import Lease
 from . import errors
 from .accounts import Record
 from .ask import CLOSED, KEPT, Ask, Broken, Limits, Relayed
-from .cuts import ERROR_EVENT, cut_at, reads_more
+from .cuts import ERROR_EVENT, cut_at, going_on, reads_more
 from .early import Early
 from .errors import Problem
 from .heads import HOP_BY_HOP, Head
@@ -290,13 +290,13 @@ class Answer:
     # ------------------------------------------------------------ the client reads
 
     def _pass_on(self, data: bytes) -> None:
-        """And what comes next goes straight on, where that needs no more than a look."""
+        """And what comes next goes straight on, if it ends as this event of many does."""
         connection = self._connection
         self._clean = data.endswith(_EVENT_ENDS)
         if self._early is not None:
             data = self._early.last_words("goes on") + data
         if self._plain and self._clean and self._chunked and connection.between:
-            connection.straight = self._client
+            connection.go_straight(self._client, going_on(data))
         self._write(data)
 
     def _write(self, data: bytes) -> None:

@@ -1,6 +1,7 @@
 """Inference: shapes, errors, and what sleep does to requests."""
 
 import asyncio
+import json
 
 import pytest
 
@@ -85,6 +86,32 @@ async def test_a_streamed_chat_opens_with_the_role(client: Client):
     assert stream.finish == "length"
     assert stream.events[-1]["choices"][0]["finish_reason"] == "length"
     assert {e["object"] for e in stream.events} == {"chat.completion.chunk"}
+
+
+async def test_each_event_is_a_chunk_that_ends_with_its_reason(client: Client):
+    """The relay looks at how an event ends, and at no more (homegptd/faces/cuts.py, `going_on`)."""
+    two = question(4) | {"prompt": ["One two three", "Four five six"]}
+    asked = {"/v1/completions": (two, {0, 1}), "/v1/chat/completions": (chat(4), {0})}
+    for path, (body, indexes) in asked.items():
+        pieces = [b""]
+        post = {"url": path, "json": body | {"stream": True}}
+        async with client.session() as session, session.post(**post) as answer:
+            assert answer.status == 200, await answer.text()
+            async for data, ended in answer.content.iter_chunks():
+                pieces[-1] += data
+                if ended:
+                    pieces.append(b"")
+        *events, done = filter(None, pieces)
+        assert done == b"data: [DONE]\n\n"
+        reasons = set()
+        for event in events:
+            assert event.startswith(b"data: {")
+            assert event.count(b"\n") == 2
+            [choice] = json.loads(event[6:])["choices"]
+            end = event.rpartition(b'"finish_reason":')[2]
+            assert end.startswith(json.dumps(choice["finish_reason"]).encode())
+            reasons.add((choice["index"], choice["finish_reason"]))
+        assert reasons == {(index, reason) for index in indexes for reason in (None, "length")}
 
 
 async def test_usage_comes_in_an_event_of_its_own_when_asked_for(client: Client):

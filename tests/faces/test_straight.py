@@ -17,12 +17,22 @@ from . import box
 from .box import DONE, END, HELLO, SSE, Asked, Box, Client, Engine, chunk, token
 
 STREAM = HELLO | {"stream": True}
+
+
+def counted(tokens: int) -> bytes:
+    """With the usage so far, as `continuous_usage_stats` asks for."""
+    usage = b'"usage":{"prompt_tokens":3,"completion_tokens":%d}' % tokens
+    return chunk(b'data: {"choices":[{"finish_reason":null}],%b}\n\n' % usage)
+
+
 ABORTED = token("x", "abort")
 EVENTS = [
     token("one"), token("two two"), token("x" * 300), token('"abort"'), token("0\r\n\r\n"),
     token("\n\n"), chunk(b": a comment\n\n"), chunk(b'data: {"half":'), chunk(b"1}\n\n"),
     chunk(b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}\n\n'),
-    token("a") + token("b"), b"0" + token("c"),
+    token("a") + token("b"), b"0" + token("c"), counted(1), counted(2), token("y" * 1500),
+    chunk(token("a").partition(b"\r\n")[2][:-2] * 2), token('"finish_reason":null}]}'),
+    chunk(b'data: {"choices":[{"finish_reason":null}],"more":1}\n\n'),
 ]  # fmt: skip
 LURE = token("lure")
 INSIDE = b"%x\r\n: " % (len(LURE) + 4)
@@ -108,12 +118,13 @@ async def test_half_an_event_is_known_as_such(tmp_path: Path) -> None:
     path = tmp_path / "chat.sock"
     async with Engine(path, silent).running() as engine, box.running({"chat": path}) as b:
         answer = await begun(b, engine, await b.connect())
-        for piece, clean in (
-            (SSE + token("a"), True), (token("b"), True), (chunk(b'data: {"half":'), False),
-            (chunk(b"1}\n\n"), True), (token("c"), True),
+        for piece, clean, plain in (
+            (SSE + token("a"), True, True), (token("b"), True, True),
+            (chunk(b'data: {"half":'), False, False), (chunk(b"1}\n\n"), True, False),
+            (token("c"), True, True), (counted(3), True, False), (token("d"), True, True),
         ):  # fmt: skip
             answer._connection.data_received(piece)
-            assert (answer._clean, answer._connection.straight is not None) == (clean, clean)
+            assert (answer._clean, answer._connection.straight is not None) == (clean, plain)
 
 
 async def test_nothing_follows_a_cut(tmp_path: Path) -> None:
