@@ -17,7 +17,8 @@ PATH = "/v1/chat/completions"
 END = b"0\r\n\r\n"
 SENT = re.compile(rb'"t":(\d+)')
 _WATCHED = 64
-"""Streams whose every event's delay is taken; of the others the events are only counted."""
+"""Streams, or a few more, whose every event's delay is taken: in step, those of the whole length of
+a step. Of the others the events are only counted."""
 
 
 @dataclass
@@ -57,23 +58,28 @@ def post(body: bytes) -> bytes:
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def chat(events: int = 0, model: str = "a", rate: int = EVENTS_PER_S) -> bytes:
+def chat(
+    events: int = 0, model: str = "a", rate: int = EVENTS_PER_S, *, in_step: bool = False
+) -> bytes:
     asked = {"model": model, "max_tokens": events or 8, "messages": [
         {"role": "user", "content": "Hi" * 50}]}  # fmt: skip
-    stream = {"stream": True, "bench_rate": rate} if events else {}
-    return post(json.dumps({**asked, **stream}).encode())
+    more = {"stream": True, "bench_rate": rate, "bench_in_step": in_step} if events else {}
+    return post(json.dumps({**asked, **more}).encode())
 
 
-def streams(target: Target, count: int, events: int, rate: int = EVENTS_PER_S) -> Streams:
+def streams(
+    target: Target, count: int, events: int, rate: int = EVENTS_PER_S, *, in_step: bool = False
+) -> Streams:
     """`count` streams of `events` at once, `rate` a second each. One that is cut is missing in
     `complete`."""
-    request, found, began = chat(events, rate=rate), Streams(), monotonic()
-    poll, open_ = select.epoll(), {}
+    request = chat(events, rate=rate, in_step=in_step)
+    found, began, poll, open_ = Streams(), monotonic(), select.epoll(), {}
+    watched = max(count // _WATCHED, 1)
     for number in range(count):
         sock = connect(target.at)
         sock.sendall(request)
         sock.setblocking(False)
-        open_[sock.fileno()] = _Stream(sock, watched=number < _WATCHED)
+        open_[sock.fileno()] = _Stream(sock, watched=number % watched == 0)
         poll.register(sock, select.EPOLLIN)
     limit = began + 20 + 3 * events / rate
     silent, all_run, heard, timed = count, (0.0, 0.0, 0), 0, False

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from math import isnan, nan
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from bench import load, peers
 from bench.kit import (
@@ -38,14 +39,35 @@ from tests.e2e.harness import SimModel, free_port
 ROOT = Path(__file__).parents[1]
 OURS = "homegptd"
 HEAD = "router: {on_deadline: wait, max_body_mib: 128}\n"
-STREAMS = {(64, 50): 75, (256, 50): 100, (1000, 20): 60, (1000, 50): 300}
-"""Events of each stream, by the number of streams and the events a second of each. 1000 with 50
-fill a core, and their delay is that of a queue; with 20 they leave room."""
 TURNS = 10
 """Of small requests in a round: the machine's pace changes within seconds, and by more than what is
 to be told. Streams have two."""
 Rounds = dict[str, list[float]]
 """By target, a figure for each round."""
+
+
+class Streams(NamedTuple):
+    """So many at once, each of so many events."""
+
+    count: int
+    events: int
+    rate: int = EVENTS_PER_S
+    in_step: bool = False
+
+    def __str__(self) -> str:
+        pace = " in step" * self.in_step + f" at {self.rate}/s" * (self.rate != EVENTS_PER_S)
+        return f"{self.count} streams{pace}"
+
+
+STREAMS = (
+    Streams(64, 75),
+    Streams(256, 100),
+    Streams(256, 100, in_step=True),
+    Streams(1000, 60, rate=20),
+    Streams(1000, 300),
+)
+"""An engine makes a token for each of its streams in one step, so they come in step. 1000 with 50
+events a second fill a core, and their delay is that of a queue; with 20 they leave room."""
 
 
 @dataclass
@@ -83,7 +105,7 @@ class Bench:
     def run(self) -> None:
         self._idle_and_per_stream()
         for number in range(self.asked.rounds):
-            small, streams = [self._small] * TURNS, [self._streams(*each) for each in STREAMS]
+            small, streams = [self._small] * TURNS, [self._streams(each) for each in STREAMS]
             for step in (*small, *streams[:-1], *streams, self._bodies, self._leaving):
                 for target in random.sample(self.targets, len(self.targets)):
                     step(target)
@@ -123,31 +145,35 @@ class Bench:
         self._measure(name, "µs", goals, added=True).note(target, p50(took) * US)
         self._measure("small POST, CPU", "µs").note(target, cpu * US)
 
-    def _streams(self, count: int, rate: int) -> Callable[[Target], None]:
+    def _streams(self, asked: Streams) -> Callable[[Target], None]:
+        many = asked.count > 64
+        goals = {"nginx": 1.3, "vllm-router": 0.9} if many else {"nginx": 2.0}
+        delay = {"nginx": 1.3} if many else {}
+
         def run(target: Target) -> None:
-            self._pin(own_core=count > 64)
-            if target.slow and count > 64:
+            self._pin(own_core=many)
+            if target.slow and many:
                 return
-            events = STREAMS[count, rate] // (5 if target.slow else 1)
+            count, events, rate, in_step = asked
+            events //= 5 if target.slow else 1
             before = target.cpu_s()
-            found = load.streams(target, count, events, rate)
+            found = load.streams(target, count, events, rate, in_step=in_step)
             if target.slow:  # its streams hardly ever run at once; their begin is little of it
                 found.cpu_us = (target.cpu_s() - before) * US / max(found.events, 1)
-            name = f"{count} streams" + (f" at {rate}/s" if rate != EVENTS_PER_S else "")
-            goals = {"nginx": 2.0} if count == 64 else {"nginx": 1.3, "vllm-router": 0.9}
-            delay = {"nginx": 1.3} if count > 64 else {}
-            self._measure(f"{name}, CPU per event", "µs", goals).note(target, found.cpu_us)
+            self._measure(f"{asked}, CPU per event", "µs", goals).note(target, found.cpu_us)
             if found.delays_ns:
-                late = self._measure(f"{name}, added delay p50", "µs", delay, added=True)
+                late = self._measure(f"{asked}, added delay p50", "µs", delay, added=True)
                 late.note(target, p50(found.delays_ns) / 1e3)
-                self._measure(f"{name}, delay p90", "µs").note(
+                self._measure(f"{asked}, delay p90", "µs").note(
                     target, quantile(found.delays_ns, 0.9) / 1e3
                 )
             lost = count * events - found.events + count - found.complete
             self.lost[target.name] = self.lost.get(target.name, 0) + lost
-            if count == 1000 and rate == EVENTS_PER_S:
+            if asked == STREAMS[-1]:
                 goal = {"direct": 0.99}
-                self._measure(f"{name}, events/s", "1/s", goal, least=True).note(target, found.rate)
+                self._measure(f"{asked}, events/s", "1/s", goal, least=True).note(
+                    target, found.rate
+                )
 
         return run
 

@@ -3,9 +3,10 @@
 `python -m bench.upstream SOCKET [--port PORT] [--model NAME]`. It knows what the daemon asks of a
 vLLM server. A chat that streams gets `max_tokens` events of 240 bytes, 50 a second or as many as it
 says itself in `bench_rate`, one HTTP chunk each as uvicorn sends them; each carries the instant at
-which it was sent (`time.monotonic_ns`, one clock for all processes of a machine). Bodies of any
-size are dropped but for their ends. GET /bench/left are the instants at which clients left in the
-middle of a stream.
+which it was sent (`time.monotonic_ns`, one clock for all processes of a machine). Streams come at
+any time, or with `bench_in_step` all at once, as those do whose tokens an engine makes in one step.
+Bodies of any size are dropped but for their ends. GET /bench/left are the instants at which clients
+left in the middle of a stream.
 """
 
 import argparse
@@ -24,6 +25,7 @@ LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _STREAM = re.compile(rb'"stream": ?true')
 _COUNT = re.compile(rb'"max_tokens": ?(\d+)')
 _RATE = re.compile(rb'"bench_rate": ?(\d+)')
+_IN_STEP = re.compile(rb'"bench_in_step": ?true')
 _STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
     b"transfer-encoding: chunked\r\n\r\n"
@@ -33,7 +35,10 @@ _EVENT = {
     "id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "a",
     "choices": [_TOKEN],
 }  # fmt: skip
-_START = b"data: " + json.dumps(_EVENT, separators=(",", ":")).encode()[:-1] + b',"t":'
+_START, _END = (
+    b'data: {"t":',
+    b"," + json.dumps(_EVENT, separators=(",", ":")).encode()[1:] + b"\n\n",
+)
 _KEPT = 1024
 """Bytes of a large body's end that are looked at."""
 _TEXT = {
@@ -48,7 +53,7 @@ _TEXT = {
 
 def frame() -> bytes:
     """One event as one chunk."""
-    event = (_START + b"%d" % monotonic_ns()).ljust(EVENT_BYTES - 3) + b"}\n\n"
+    event = (_START + b"%d" % monotonic_ns()).ljust(EVENT_BYTES - len(_END)) + _END
     return b"%x\r\n%s\r\n" % (len(event), event)
 
 
@@ -77,10 +82,10 @@ class Engine:
             self._ticks += 1
         self._loop.call_later(1 / 1000, self._tick)
 
-    def stream(self, stream: "Connection", rate: int) -> None:
+    def stream(self, stream: "Connection", rate: int, *, in_step: bool) -> None:
         """Has it send its events, so many a second."""
         slots = self._slots.setdefault(rate, [[] for _ in range(1000 // rate)])
-        random.choice(slots).append(stream)
+        (slots[0] if in_step else random.choice(slots)).append(stream)
 
     def answer(self, path: bytes) -> object:
         match path:
@@ -136,16 +141,14 @@ class Connection(asyncio.Protocol):
     def _answer(self, path: bytes, body: bytes) -> None:
         if path.startswith(b"/v1/chat") and _STREAM.search(body):
             rate = _RATE.search(body)
-            self._begin(int(_COUNT.search(body)[1]), int(rate[1]) if rate else EVENTS_PER_S)
+            self._left = int(_COUNT.search(body)[1])
+            self._transport.write(_STREAM_HEAD)
+            each_s = int(rate[1]) if rate else EVENTS_PER_S
+            self._engine.stream(self, each_s, in_step=bool(_IN_STEP.search(body)))
         else:
             body = json.dumps(self._engine.answer(path)).encode()
             head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
             self._transport.write(head + b"content-length: %d\r\n\r\n%s" % (len(body), body))
-
-    def _begin(self, count: int, rate: int) -> None:
-        self._left = count
-        self._transport.write(_STREAM_HEAD)
-        self._engine.stream(self, rate)
 
     def next(self) -> bool:
         """Send one event. Whether there are more."""
