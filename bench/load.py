@@ -60,11 +60,17 @@ def post(body: bytes) -> bytes:
 
 
 def chat(
-    events: int = 0, model: str = "a", rate: int = EVENTS_PER_S, *, in_step: bool = False
+    events: int = 0,
+    model: str = "a",
+    rate: int = EVENTS_PER_S,
+    *,
+    together: int = 1,
+    in_step: bool = False,
 ) -> bytes:
     asked = {"model": model, "max_tokens": events or 8, "messages": [
         {"role": "user", "content": "Hi" * 50}]}  # fmt: skip
-    more = {"stream": True, "bench_rate": rate, "bench_in_step": in_step} if events else {}
+    clock = {"bench_rate": rate, "bench_together": together, "bench_in_step": in_step}
+    more = {"stream": True, **clock} if events else {}
     return post(json.dumps({**asked, **more}).encode())
 
 
@@ -73,7 +79,7 @@ def streams(
 ) -> Streams:
     """`count` streams of `events` at once, `rate` a second each. One that is cut is missing in
     `complete`."""
-    request = chat(events, rate=rate, in_step=in_step)
+    request = chat(events, rate=rate, together=count, in_step=in_step)
     found, began, poll, open_ = Streams(), monotonic(), select.epoll(), {}
     watched = max(count // _WATCHED, 1)
     for number in range(count):

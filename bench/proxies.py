@@ -64,7 +64,7 @@ STREAMS = (
     Streams(256, 100),
     Streams(256, 100, in_step=True),
     Streams(1000, 60, rate=20),
-    Streams(1000, 300),
+    Streams(1000, 150),
 )
 """An engine makes a token for each of its streams in one step, so they come in step. 1000 with 50
 events a second fill a core, and their delay is that of a queue; with 20 they leave room."""

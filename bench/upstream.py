@@ -3,10 +3,11 @@
 `python -m bench.upstream SOCKET [--port PORT] [--model NAME]`. It knows what the daemon asks of a
 vLLM server. A chat that streams gets `max_tokens` events of 240 bytes, 50 a second or as many as it
 says itself in `bench_rate`, one HTTP chunk each as uvicorn sends them; each carries the instant at
-which it was sent (`time.monotonic_ns`, one clock for all processes of a machine). Streams come at
-any time, or with `bench_in_step` all at once, as those do whose tokens an engine makes in one step.
-Bodies of any size are dropped but for their ends. GET /bench/left are the instants at which clients
-left in the middle of a stream.
+which it was sent (`time.monotonic_ns`, one clock for all processes of a machine). `bench_together`
+streams wait for each other before the first event. Their events come at any time, or with
+`bench_in_step` all at once, as those whose tokens an engine makes in one step. Bodies of any size
+are dropped but for their ends. GET /bench/left are the instants at which clients left in the middle
+of a stream.
 """
 
 import argparse
@@ -25,6 +26,7 @@ LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _STREAM = re.compile(rb'"stream": ?true')
 _COUNT = re.compile(rb'"max_tokens": ?(\d+)')
 _RATE = re.compile(rb'"bench_rate": ?(\d+)')
+_TOGETHER = re.compile(rb'"bench_together": ?(\d+)')
 _IN_STEP = re.compile(rb'"bench_in_step": ?true')
 _STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
@@ -67,6 +69,7 @@ class Engine:
         self.left: list[int] = []
         self._slots: dict[int, list[list[Connection]]] = {}
         """By the events a second."""
+        self._waiting: list[Connection] = []
         self._ticks = 0
         self._loop = asyncio.get_running_loop()
         self._began = self._loop.time()
@@ -82,10 +85,15 @@ class Engine:
             self._ticks += 1
         self._loop.call_later(1 / 1000, self._tick)
 
-    def stream(self, stream: "Connection", rate: int, *, in_step: bool) -> None:
-        """Has it send its events, so many a second."""
+    def stream(self, stream: "Connection", rate: int, together: int, *, in_step: bool) -> None:
+        """Has it send its events, so many a second, once so many wait for it."""
+        self._waiting.append(stream)
+        if len(self._waiting) < together:
+            return
         slots = self._slots.setdefault(rate, [[] for _ in range(1000 // rate)])
-        (slots[0] if in_step else random.choice(slots)).append(stream)
+        for each in self._waiting:
+            (slots[0] if in_step else random.choice(slots)).append(each)
+        self._waiting = []
 
     def answer(self, path: bytes) -> object:
         match path:
@@ -144,7 +152,9 @@ class Connection(asyncio.Protocol):
             self._left = int(_COUNT.search(body)[1])
             self._transport.write(_STREAM_HEAD)
             each_s = int(rate[1]) if rate else EVENTS_PER_S
-            self._engine.stream(self, each_s, in_step=bool(_IN_STEP.search(body)))
+            together = _TOGETHER.search(body)
+            count = int(together[1]) if together else 1
+            self._engine.stream(self, each_s, count, in_step=bool(_IN_STEP.search(body)))
         else:
             body = json.dumps(self._engine.answer(path)).encode()
             head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
