@@ -37,7 +37,7 @@ class Limits(Struct, frozen=True):
         return min(self.first_byte_s / 8, self.between_bytes_s / 8, self.client_s / 8, _TICK_S)
 
 
-class Ask(Struct, frozen=True):
+class Ask(Struct):
     """A request as the engine gets it. `headers` are lines that end in CRLF."""
 
     path: str
@@ -51,6 +51,10 @@ class Ask(Struct, frozen=True):
     """Whether the usage of a stream came because we asked, so that the client must not see it."""
     replayable: bool = True
     """Whether sending it twice does no harm. Otherwise it is sent once, on a new connection."""
+
+    def forget(self) -> None:
+        """Its answer has begun, so it is not sent again: the body may go."""
+        self.body = b""
 
     def head(self) -> bytes:
         if self.method == "GET":

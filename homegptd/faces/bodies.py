@@ -11,6 +11,7 @@ import asyncio
 import mmap
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,6 +124,9 @@ def edited(body: Body, *edits: Edit) -> Body:
     return b"".join([*pieces, body[at:]])
 
 
+_NOTHING_LEFT: deque[bytes] = deque(maxlen=0)
+
+
 class Bodies:
     """What the bodies of all requests take; one for all doors of the daemon."""
 
@@ -203,6 +207,7 @@ class Hold:
         while piece := await _next_piece(request):
             self._take(piece, limit)
             if request.content.at_eof():
+                request.content._buffer = _NOTHING_LEFT  # noqa: SLF001  its own takes 700 bytes
                 break
         if self._file is not None:
             return Spooled(self._file, [range(self._size)])

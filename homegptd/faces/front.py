@@ -37,6 +37,7 @@ class Front(Tells):
 
     def __init__(self, server: Server, express: Express, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop)
+        self.flow = None
         self._server, self._express = server, express
         self._known: Known | None = None
         self._exchange: Exchange | None = None

@@ -32,7 +32,8 @@ class Flows(Protocol):
 class Tells(BaseProtocol):
     """Tells at once whoever writes to it. aiohttp lets only tasks wait."""
 
-    flow: Flow | None = None
+    __slots__ = ()
+    flow: Flow | None
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -26,6 +26,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
+from functools import partial
 
 from homegptd.core.model import ModelId
 from homegptd.core.refusals import Reason, Refusal
@@ -70,7 +71,12 @@ async def relay(
         if connection is None:
             connection = await connect(upstream, lease.model, unchunked=old)
         answer = Answer(outlet, ask, connection, lease, limits, record, upstream.pool, early)
-        await _ended(answer, upstream.pool.loop)
+        ended: asyncio.Future[None] = upstream.pool.loop.create_future()
+        try:
+            answer.begin(partial(_wake, ended))
+            await ended
+        finally:
+            answer.leave()
         if answer.problem is not None:
             raise answer.problem
         if not answer.stale:
@@ -78,18 +84,9 @@ async def relay(
         connection = None
 
 
-async def _ended(answer: Answer, loop: asyncio.AbstractEventLoop) -> None:
-    ended: asyncio.Future[None] = loop.create_future()
-
-    def tell() -> None:
-        if not ended.done():  # cancelled, perhaps
-            ended.set_result(None)
-
-    try:
-        answer.begin(tell)
-        await ended
-    finally:
-        answer.leave()
+def _wake(ended: asyncio.Future[None]) -> None:
+    if not ended.done():  # cancelled, perhaps
+        ended.set_result(None)
 
 
 async def connect(upstream: Upstream, model: ModelId, *, unchunked: bool = False) -> Connection:
@@ -252,6 +249,7 @@ class Answer:
                     return
                 self._head = self._early.last_words("answers")
         self._begun = True
+        self._ask.forget()
         if self._ask.learn is not None and self._status < 300:
             self._ask.learn(data)
         if self._sse:

@@ -143,6 +143,7 @@ class Router:
         """The whole life of one request. Errors are answers here."""
         client = asking()
         record = Record(client.name)
+        early: Early | None = None
         try:
             # what asks about a response is no second one: the response counts until it has ended
             with nullcontext() if route.where is Where.STORED else client.counted():
@@ -154,11 +155,9 @@ class Router:
                     wanted = await self._intake.read(request, route, hold)
                     record.model = wanted.model
                     early = self._early(request, route, wanted) if wanted.stream else None
-                    if early is None:
-                        serve = self._serve_when_up if wanted.unasked else self._serve
-                        return await serve(request, wanted, record)
                     wanted = replace(wanted, early=early)
-                    return await self._serve_early(request, wanted, record, early)
+                    serve = self._serve_when_up if wanted.unasked else self._serve
+                    return await serve(request, wanted, record)
         except Denied as denied:
             record.end, problem = End.REFUSED, denied.problem
         except Refused as refused:
@@ -169,8 +168,18 @@ class Router:
             if broken.begun:
                 return KEPT if broken.kept else CLOSED
             problem = broken.problem
+        except Exception:
+            if early is None or not early.given:
+                raise
+            log.exception("%s failed after its early head", route.path)
+            record.end = End.FAILED
+            problem = errors.of_reason("internal", "this is a defect; the log has the story")
         finally:
+            if early is not None:
+                early.disarm()
             self.accounts.close(record)
+        if early is not None and early.given:
+            return KEPT if early.fail(problem) else CLOSED
         return errors.response(problem, route.shape)
 
     def _line(self, route: Route) -> realtime.Line:
@@ -184,31 +193,6 @@ class Router:
             lambda refusal: self._models.told(errors.refused(refusal)),
             self._settings.realtime_idle_s,
         )
-
-    async def _serve_early(
-        self, request: web.BaseRequest, wanted: Wanted, record: Record, early: Early
-    ) -> web.StreamResponse:
-        """As `_serve`; once the early head is out, errors are events of the stream."""
-        try:
-            return await self._serve(request, wanted, record)
-        except Refused as refused:
-            if not early.given:
-                raise
-            record.end, problem = End.REFUSED, self._models.told(errors.refused(refused.refusal))
-        except Broken as broken:
-            if broken.begun or not early.given:
-                raise
-            tell(broken)
-            record.end, problem = End.FAILED, broken.problem
-        except Exception:
-            if not early.given:
-                raise
-            log.exception("%s failed after its early head", wanted.ask.path)
-            record.end = End.FAILED
-            problem = errors.of_reason("internal", "this is a defect; the log has the story")
-        finally:
-            early.disarm()
-        return KEPT if early.fail(problem) else CLOSED
 
     async def _serve_when_up(
         self, request: web.BaseRequest, wanted: Wanted, record: Record
@@ -252,7 +236,11 @@ class Router:
             try:
                 if (broken := _already(request)) is not None:
                     raise broken
-                return await self._try(request, wanted, record, replay=tries > 0)
+                lease, held = self._lease(request, wanted, record, replay=tries > 0)
+                async with held:
+                    waited_s = self._scheduler.loop.time() - lease.ticket.since
+                    record.granted(lease.ticket.id, waited_s)
+                    answer = await self._relayed(request, wanted, record, lease)
             except Broken as broken:
                 tries += 1
                 sent += broken.sent and broken.refusal.reason is not Reason.CUT
@@ -262,6 +250,9 @@ class Router:
                 log.info("%s; sending the request again", broken.refusal.message)
                 settings = self._settings
                 patience_s = settings.notice_s if broken.sent else settings.notice_death_s
+            else:
+                record.end = End.ANSWERED
+                return answer
             if wanted.early is not None:
                 wanted.early.arm()
             await self._until_noticed(wanted.model, patience_s)
@@ -292,9 +283,10 @@ class Router:
             and isinstance(engine.phase, Awake | Draining)
         )
 
-    async def _try(
+    def _lease(
         self, request: web.BaseRequest, wanted: Wanted, record: Record, *, replay: bool
-    ) -> web.StreamResponse:
+    ) -> tuple[Lease, AbstractAsyncContextManager[object]]:
+        """And what holds it: itself, or for a response in the background who outlives this."""
         asks, key = not wanted.unasked, asking()
         patience_s = self._patience_s(request, wanted)
         lease = self._scheduler.lease(
@@ -306,14 +298,9 @@ class Router:
         )
         if wanted.early is not None and not self._is_awake(wanted.model):
             wanted.early.arm()
-        held: AbstractAsyncContextManager[object] = lease
-        if wanted.background is not None:
-            held = self._background.beyond(lease, wanted.background, record)
-        async with held:
-            record.granted(lease.ticket.id, self._scheduler.loop.time() - lease.ticket.since)
-            answer = await self._relayed(request, wanted, record, lease)
-        record.end = End.ANSWERED
-        return answer
+        if wanted.background is None:
+            return lease, lease
+        return lease, self._background.beyond(lease, wanted.background, record)
 
     def _relayed(
         self, request: web.BaseRequest, wanted: Wanted, record: Record, lease: Lease
@@ -360,14 +347,13 @@ class Router:
     def _early(self, request: web.BaseRequest, route: Route, wanted: Wanted) -> Early | None:
         if wanted.unasked or not speaks(route.path):
             return None
-        model, client = wanted.model, asking()
         return Early(
             request,
             route.path,
-            model,
+            wanted.model,
             route.shape,
             pace=self._settings.pace,
-            outlook=lambda: self._outlook(model, client),
+            outlook=partial(self._outlook, wanted.model, asking()),
             loop=self._scheduler.loop,
         )
 

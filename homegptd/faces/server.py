@@ -32,14 +32,42 @@ _QUIET.setLevel(logging.CRITICAL + 1)
 the log. Our own defects are told by the door."""
 
 
+class _Few(list[Any]):
+    """As much of a deque as aiohttp uses: an empty one takes 700 bytes, and hardly ever is there
+    more than one request that waits for its turn."""
+
+    __slots__ = ()
+
+    def popleft(self) -> Any:
+        return self.pop(0)
+
+
 class Connection(Tells, RequestHandler):
     """aiohttp (3.14) leaves whoever waits for a body waiting when a later piece of it is garbled:
     its parser in C only queues the error, as if it were the next request."""
 
-    broken: Broken | None = None
-    """What came of the next request on the short way, where it comes here to be sent again."""
-    already: Broken | None = None
-    """The same for the request that is being answered."""
+    __slots__ = ("already", "broken", "flow", "look")
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._messages = _Few()  # type: ignore[assignment]
+        self.flow = None
+        self.broken: Broken | None = None
+        """What came of the next request on the short way, where it comes to be sent again."""
+        self.already: Broken | None = None
+        """The same for the request that is being answered."""
+        self.look: asyncio.TimerHandle | None = None
+        """At whether it has said anything."""
+
+    def heard(self) -> None:
+        """Its first request has come, so nothing waits for that any longer. A clock is a kilobyte,
+        and would stay for as long as a stream lasts."""
+        if self.look is not None:
+            self.look.cancel()
+            self.look = None
+            if self._keepalive_handle is not None:
+                self._keepalive_handle.cancel()
+                self._keepalive_handle = None
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -101,6 +129,7 @@ class Server(web.Server):
     def _heard(self, request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
         connection = cast("Connection", request.protocol)
         self.heard_of(connection)
+        connection.heard()
         connection.already, connection.broken = connection.broken, None
         return self._answer(request)
 
@@ -118,7 +147,8 @@ class Server(web.Server):
 
     def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
         self._let_in(handler, transport)
-        self._loop.call_later(self._head_s, self._look, handler)
+        look = self._loop.call_later(self._head_s, self._look, handler)
+        cast("Connection", handler).look = look
 
     def _let_in(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)

@@ -260,6 +260,7 @@ class Connection(asyncio.Protocol):
         if head.length is not None:
             self._due = 0 if head.status in (204, 304) else head.length
             self._frame = framed(raw, head)
+        self._headers = []  # a stream is long
         sink.on_head(head)
         return rest
 
