@@ -4,12 +4,12 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from aiohttp import web
 
-from homegptd.faces.server import Server
+from homegptd.faces.server import Connection, Server
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -62,6 +62,24 @@ async def test_a_connection_that_has_asked_once_may_be_silent() -> None:
         assert b"fine" in await reader.readuntil(b"fine")
         writer.close()
         other.close()
+
+
+async def test_no_clock_runs_for_a_connection_that_waits_for_its_answer() -> None:
+    clocks: list[object] = []
+
+    async def looking(request: web.BaseRequest) -> web.StreamResponse:
+        connection = cast("Connection", request.protocol)
+        clocks.extend((connection.look, connection._keepalive_handle))
+        return await fine(request)
+
+    async with serving(looking, keepalive_timeout=0.1) as port:
+        reader, writer = await connect(port)
+        writer.write(GET + GET)
+        for _ in range(2):
+            assert b"fine" in await reader.readuntil(b"fine")
+        assert clocks[:2] == [None, None]
+        assert await ended(reader)  # nobody is silent for ever
+        writer.close()
 
 
 async def test_a_full_server_lets_the_oldest_silent_one_go() -> None:

@@ -113,6 +113,17 @@ async def test_a_plain_event_goes_straight_on(tmp_path: Path) -> None:
         assert body.count(b"data: ") == 4
 
 
+async def test_a_body_is_kept_until_its_answer_begins(tmp_path: Path) -> None:
+    path = tmp_path / "chat.sock"
+    async with Engine(path, silent).running() as engine, box.running({"chat": path}) as b:
+        answer = await begun(b, engine, await b.connect())
+        assert b"hello" in answer._ask.body
+        answer._connection.data_received(SSE)
+        assert b"hello" in answer._ask.body
+        answer._connection.data_received(token("a"))
+        assert answer._ask.body == b""
+
+
 async def test_half_an_event_is_known_as_such(tmp_path: Path) -> None:
     """Nothing may be said for the engine in the middle of one."""
     path = tmp_path / "chat.sock"
