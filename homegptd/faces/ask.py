@@ -51,6 +51,8 @@ class Ask(Struct):
     """Whether the usage of a stream came because we asked, so that the client must not see it."""
     replayable: bool = True
     """Whether sending it twice does no harm. Otherwise it is sent once, on a new connection."""
+    engine_key: str | None = None
+    """The engine's own, where it asks for one. The client's has stayed at the door."""
 
     def forget(self) -> None:
         """Its answer has begun, so it is not sent again: the body may go."""
@@ -63,9 +65,10 @@ class Ask(Struct):
 
     def begin(self) -> bytes:
         """The head but for the length."""
-        return b"%s %s HTTP/1.1\r\nHost: engine\r\n%s" % (
-            self.method.encode(), self.path.encode(), self.headers
-        )  # fmt: skip
+        head = f"{self.method} {self.path} HTTP/1.1\r\nHost: engine\r\n"
+        if self.engine_key is not None:
+            head += f"Authorization: Bearer {self.engine_key}\r\n"
+        return head.encode() + self.headers
 
 
 class Broken(Exception):

@@ -124,10 +124,8 @@ class Express:
         model = self._models.as_is(name, known.client, known.route.kinds)
         if model is None:
             return None
-        headers, key = known.headers, self._engine_keys(model)
-        if key is not None:
-            headers += b"Authorization: Bearer %s\r\n" % key.encode()
-        ask = Ask(known.route.path, headers, b"", known.route.shape)
+        ask = Ask(known.route.path, known.headers, b"", known.route.shape)
+        ask.engine_key = self._engine_keys(model)
         known.lanes[name] = lane = Lane(
             scheduler=self._scheduler,
             brief=self._scheduler.brief,

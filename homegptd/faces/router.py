@@ -24,7 +24,7 @@ from homegptd.runtime.scheduler import Scheduler
 
 from . import errors, realtime
 from .accounts import Accounts, End, Record
-from .ask import CLOSED, KEPT, Ask, Broken, Limits, tell
+from .ask import CLOSED, KEPT, Broken, Limits, tell
 from .background import Background
 from .bodies import Bodies
 from .clients import Client, asking
@@ -305,23 +305,16 @@ class Router:
     def _relayed(
         self, request: web.BaseRequest, wanted: Wanted, record: Record, lease: Lease
     ) -> Coroutine[object, object, web.StreamResponse]:
+        wanted.ask.engine_key = self._engine_keys(wanted.model)
         return relay(
             outlet(request, asking().headers, partial(self._models.told, client=asking())),
-            self._with_its_key(wanted),
+            wanted.ask,
             lease=lease,
             upstream=self.pool.upstream(self._addresses(wanted.model)),
             limits=self._settings.limits(wanted.model),
             record=record,
             early=wanted.early,
         )
-
-    def _with_its_key(self, wanted: Wanted) -> Ask:
-        """The engine's own key, where it asks for one. The client's has stayed at the door."""
-        key = self._engine_keys(wanted.model)
-        if key is None:
-            return wanted.ask
-        line = b"Authorization: Bearer %s\r\n" % key.encode()
-        return replace(wanted.ask, headers=wanted.ask.headers + line)
 
     def _patience_s(self, request: web.BaseRequest, wanted: Wanted) -> float | None:
         """How long the client itself waits, where it says so and nothing is told it meanwhile.

@@ -107,6 +107,7 @@ async def test_each_event_is_a_chunk_that_ends_with_its_reason(client: Client):
         for event in events:
             assert event.startswith(b"data: {")
             assert event.count(b"\n") == 2
+            assert b'"usage"' not in event
             [choice] = json.loads(event[6:])["choices"]
             end = event.rpartition(b'"finish_reason":')[2]
             assert end.startswith(json.dumps(choice["finish_reason"]).encode())

@@ -18,11 +18,13 @@ FRESH = random.SystemRandom().randrange(2**32)
     ("seed", "hours"), [(1, 5.0), (7, 5.0), (42, 5.0), pytest.param(FRESH, 5.0, id="fresh")]
 )
 def test_every_promise_is_kept(seed: int, hours: float) -> None:
+    replay = f"replay with: make simulate SEED={seed} HOURS={hours:g}"
+    print(replay)  # for one that does not end
     try:
         result = simulate(seed, hours)
     except BrokenPromise as broken:
         story = "\n".join(broken.tail)
-        pytest.fail(f"{story}\n{broken}\nreplay with: make simulate SEED={seed} HOURS={hours:g}")
+        pytest.fail(f"{story}\n{broken}\n{replay}")
     assert result.count.outcomes["answered"] > 0
 
 
