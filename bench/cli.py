@@ -8,6 +8,7 @@ plain environment, so the divisor is one and the same.
 import os
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,8 +25,11 @@ DEV = Path(sys.executable).parent
 
 
 @contextmanager
-def plain_install() -> Iterator[Path]:
-    """The `bin` of a scratch environment with the package installed by pip, not editable."""
+def plain_install(*, packages: bool = False) -> Iterator[Path]:
+    """The `bin` of a scratch environment with the package installed by pip, not editable.
+
+    `packages`: with those of the daemon too, from where this runs; homegptctl needs none.
+    """
     with tempfile.TemporaryDirectory(prefix="homegpt-bench-cli-") as scratch:
         source, env = Path(scratch, "source"), Path(scratch, "env")
         skip = ignore_patterns("__pycache__")
@@ -35,6 +39,10 @@ def plain_install() -> Iterator[Path]:
         subprocess.run([sys.executable, "-m", "venv", env], check=True)
         pip = [env / "bin/pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
         subprocess.run([*pip, source], check=True)
+        if packages:
+            ours, theirs = (sysconfig.get_path("purelib", vars={"base": str(base)})
+                            for base in (env, sys.prefix))  # fmt: skip
+            Path(ours, "packages.pth").write_text(theirs)
         yield env / "bin"
 
 

@@ -16,10 +16,10 @@ from datetime import UTC, datetime
 from http.client import HTTPConnection
 from importlib.metadata import version
 from pathlib import Path
-from time import sleep
+from time import clock_gettime, sleep
 from typing import Any
 
-from tests.e2e.harness import Box, SimModel
+from tests.e2e.harness import BIN, Box, SimModel
 
 PACKAGES = ("aiohttp", "uvloop", "httptools", "msgspec")
 MS = 1e3
@@ -101,10 +101,12 @@ def _text(value: Any) -> str:
 
 
 @contextmanager
-def scratch_box(*models: SimModel, speed: float = 2000.0, head: str = "") -> Iterator[Box]:
+def scratch_box(
+    *models: SimModel, speed: float = 2000.0, head: str = "", programs: Path = BIN
+) -> Iterator[Box]:
     """A directory with a configuration of these models; gone at the end."""
     with tempfile.TemporaryDirectory(prefix="homegpt-bench-") as root:
-        box = Box(Path(root), speed=speed)
+        box = Box(Path(root), speed=speed, programs=programs)
         box.write(*models, head=head)
         yield box
 
@@ -191,6 +193,5 @@ def memory_mb(pid: int) -> dict[str, float]:
 
 
 def cpu_s(pid: int) -> float:
-    """Seconds on a CPU so far, over all threads, from the scheduler's own clock (ns)."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/schedstat")
-    return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
+    """Seconds on a CPU so far, over all threads it has and had (clock_getcpuclockid(3), ns)."""
+    return clock_gettime(~pid << 3 | 2)

@@ -1,13 +1,16 @@
 """From the start of the process to the first answers.
 
+The package is installed by pip, so it is compiled.
 "adopted": an earlier daemon was killed (SIGKILL), its engines run, the next one takes them over.
 "nothing to start": all models disabled, so there is no bootstrap.
 """
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from time import perf_counter
 
-from bench.cli import DEV, wall_s
+from bench.cli import plain_install, wall_s
 from bench.kit import MS, Http, Report, arguments, p50, patient_door, rush, scratch_box, spread
 from tests.e2e.harness import Box, SimModel
 
@@ -40,8 +43,8 @@ def first_answer(box: Box, ask: Callable[[Http], None], *, keep: bool) -> float:
     return took
 
 
-def adopted(runs: int) -> tuple[list[float], list[float]]:
-    with scratch_box(SimModel("a", "active", flags=rush())) as box:
+def adopted(runs: int, programs: Path) -> tuple[list[float], list[float]]:
+    with scratch_box(SimModel("a", "active", flags=rush()), programs=programs) as box:
         with box.daemon() as daemon:
             daemon.sweep = False
             daemon.ready()
@@ -54,17 +57,21 @@ def adopted(runs: int) -> tuple[list[float], list[float]]:
     return first, talk
 
 
-def nothing(runs: int) -> list[float]:
-    with scratch_box(SimModel("a", "disabled", flags=rush())) as box:
+def nothing(runs: int, programs: Path) -> list[float]:
+    with scratch_box(SimModel("a", "disabled", flags=rush()), programs=programs) as box:
         return [first_answer(box, health, keep=False) for _ in range(runs)]
 
 
 def main() -> None:
     asked = arguments(__doc__, runs=7)
-    bare = [wall_s([DEV / "python3", "-c", "pass"]) for _ in range(asked.runs)]
-    loaded = [wall_s([DEV / "python3", "-c", "import homegptd.app.cli"]) for _ in range(asked.runs)]
-    plain = nothing(asked.runs)
-    first, talk = adopted(asked.runs)
+    os.environ.pop("PYTHONPATH", None)  # or the sources would be loaded, compiled or not
+    with plain_install(packages=True) as programs:
+        bare, loaded = (
+            [wall_s([programs / "python3", "-P", "-c", code]) for _ in range(asked.runs)]
+            for code in ("pass", "import homegptd.app.cli")
+        )
+        plain = nothing(asked.runs, programs)
+        first, talk = adopted(asked.runs, programs)
     report = Report("start", ("to", "n", "p50 ms (middle half)", "÷ import"))
     for name, values in {
         "python3 -c pass": bare,

@@ -62,6 +62,8 @@ class Box:
     root: Path
     speed: float = 200.0
     port: int = 0
+    programs: Path = BIN
+    """Where homegptd and homegptctl are."""
 
     def __post_init__(self) -> None:
         self.port = self.port or free_port()
@@ -95,21 +97,21 @@ class Box:
     ) -> subprocess.CompletedProcess[str]:
         """Run the daemon to its end: for those that are to refuse."""
         return subprocess.run(
-            [BIN / "homegptd", *self.arguments(), *extra],
+            [self.programs / "homegptd", *self.arguments(), *extra],
             env={**os.environ, **(env or {})},
             capture_output=True, text=True, timeout=PATIENCE_S, check=False,
         )  # fmt: skip
 
     def ctl(self, *words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [BIN / "homegptctl", "--socket", self.socket, *words],
+            [self.programs / "homegptctl", "--socket", self.socket, *words],
             capture_output=True, text=True, timeout=PATIENCE_S, check=False,
         )  # fmt: skip
 
     @contextmanager
     def reading_ctl(self, *words: str) -> Iterator[IO[str]]:
         """What a verb that does not end prints; it is ended with the block, however that ends."""
-        words = (str(BIN / "homegptctl"), "--socket", str(self.socket), *words)
+        words = (str(self.programs / "homegptctl"), "--socket", str(self.socket), *words)
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             try:
@@ -145,7 +147,7 @@ class Box:
             (self.root / "daemon.log").open("ab") as log,
         ):
             process = subprocess.Popen(
-                [BIN / "homegptd", *self.arguments(), *extra], stderr=log, stdout=log,
+                [self.programs / "homegptd", *self.arguments(), *extra], stderr=log, stdout=log,
                 env={**os.environ, "NOTIFY_SOCKET": path, **(env or {})},
             )  # fmt: skip
             running = Running(self, process, notify)
