@@ -21,10 +21,11 @@ from dataclasses import dataclass
 
 from aiohttp import HttpVersion11, web
 
+from homegptd.core.model import ModelId
 from homegptd.core.outlook import Outlook
 
 from . import errors
-from .clients import asking
+from .clients import Client, asking
 from .errors import Problem, Shape
 
 _COMMENT = b": homegpt\n"
@@ -80,7 +81,7 @@ class Early:
     """The client's side of one stream until, and whenever, the engine says nothing."""
 
     __slots__ = (
-        "_began", "_chunked", "_loop", "_model", "_more", "_opening", "_outlook", "_pace",
+        "_began", "_chunked", "_client", "_loop", "_model", "_opening", "_outlook", "_pace",
         "_percent", "_request", "_shape", "_shows_status", "_spoke_at", "_status_open", "_timer",
         "given", "keep_alive",
     )  # fmt: skip
@@ -89,18 +90,18 @@ class Early:
         self,
         request: web.BaseRequest,
         path: str,
-        model: str,
+        model: ModelId,
         shape: Shape,
         *,
         pace: Pace,
-        outlook: Callable[[], Outlook],
+        outlook: Callable[[ModelId, Client], Outlook],
         loop: AbstractEventLoop,
     ) -> None:
         """`path` is one of those that `speaks` knows."""
         self._request, self._model, self._shape = request, model, shape
         self._opening, self._pace, self._outlook = _OPENINGS[path], pace, outlook
         self._chunked = request.version >= HttpVersion11
-        self._more = asking().headers
+        self._client = asking()
         self.keep_alive = request.keep_alive and self._chunked
         self.given = False
         """The head is out."""
@@ -143,7 +144,7 @@ class Early:
         self.given = self.given or answering
         if self._request.protocol.writing_paused:
             return  # the client has enough to read
-        outlook = self._outlook() if self._for_webui() else None
+        outlook = self._outlook(self._model, self._client) if self._for_webui() else None
         if outlook is not None and not (answering and outlook.at <= self._loop.time()):
             words = self._status(self._progress(outlook))
         else:
@@ -212,7 +213,7 @@ class Early:
             b"cache-control: no-cache",
             b"x-accel-buffering: no",
         ]
-        lines += [b"%s: %s" % (name.encode(), text.encode()) for name, text in self._more]
+        lines += [b"%s: %s" % (name.encode(), text.encode()) for name, text in self._client.headers]
         if self._chunked:
             lines.append(b"Transfer-Encoding: chunked")
         if not self.keep_alive:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 from multidict import CIMultiDictProxy
@@ -106,8 +105,8 @@ class Express:
             transport,
             modern=True,
             keep_alive=True,
-            headers=client.headers,
-            told=partial(self._models.told, client=client),
+            client=client,
+            models=self._models,
         )
         return Known(head, guard, client, route, outlet)
 
@@ -138,6 +137,6 @@ class Express:
             key=known.client.name,
             upstream=self.pool.upstream(self._addresses(model)),
             limits=self._limits(model),
-            passes_whole=not (known.outlet.headers or reads_more(ask.path)),
+            passes_whole=not (known.client.headers or reads_more(ask.path)),
         )
         return lane

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Protocol, cast
 
 from aiohttp import HttpVersion11, web
 from aiohttp.base_protocol import BaseProtocol
 
-from .clients import Headers
+from .clients import Client, asking
 from .errors import Problem
+from .models import Models
 
 
 class Flow(Protocol):
@@ -49,7 +49,7 @@ class Tells(BaseProtocol):
 class Outlet:
     """One per request, or for all that come over a connection in the same way."""
 
-    __slots__ = ("headers", "keep_alive", "modern", "protocol", "told", "transport")
+    __slots__ = ("_models", "client", "keep_alive", "modern", "protocol", "transport")
 
     def __init__(
         self,
@@ -58,23 +58,22 @@ class Outlet:
         *,
         modern: bool,
         keep_alive: bool,
-        headers: Headers,
-        told: Callable[[Problem], Problem],
+        client: Client,
+        models: Models,
     ) -> None:
-        self.protocol, self.transport = protocol, transport
+        self.protocol, self.transport, self.client = protocol, transport, client
         self.modern = modern
         """HTTP/1.1, so that it knows chunks."""
         self.keep_alive = keep_alive
         """Whether the client wants to ask more over it."""
-        self.headers = headers
-        """What every answer to it must have."""
-        self.told = told
-        """What it hears of a problem."""
+        self._models = models
+
+    def told(self, problem: Problem) -> Problem:
+        """What the client hears of it."""
+        return self._models.told(problem, self.client)
 
 
-def outlet(
-    request: web.BaseRequest, headers: Headers, told: Callable[[Problem], Problem]
-) -> Outlet:
+def outlet(request: web.BaseRequest, models: Models) -> Outlet:
     """That of a request which aiohttp has read. Raises: ConnectionResetError."""
     transport = request.transport
     if transport is None:
@@ -84,6 +83,6 @@ def outlet(
         transport,
         modern=request.version >= HttpVersion11,
         keep_alive=request.keep_alive,
-        headers=headers,
-        told=told,
+        client=asking(),
+        models=models,
     )

@@ -188,8 +188,8 @@ class Answer:
         version = b"1.1" if self._outlet.modern else b"1.0"
         lines = [b"HTTP/%s %d %s" % (version, head.status, head.reason)]
         lines += [b"%s: %s" % each for each in head.headers if each[0].lower() not in HOP_BY_HOP]
-        if self._outlet.headers:
-            lines += [b"%s: %s" % (k.encode(), v.encode()) for k, v in self._outlet.headers]
+        more = self._outlet.client.headers
+        lines += [b"%s: %s" % (name.encode(), text.encode()) for name, text in more]
         if self._chunked:
             lines.append(b"Transfer-Encoding: chunked")
         if not self.keep_alive:

@@ -156,8 +156,9 @@ class Router:
                     record.model = wanted.model
                     early = self._early(request, route, wanted) if wanted.stream else None
                     wanted = replace(wanted, early=early)
-                    serve = self._serve_when_up if wanted.unasked else self._serve
-                    return await serve(request, wanted, record)
+                    if wanted.unasked:
+                        return await self._serve_when_up(request, wanted, record)
+                    return await self._serve(request, wanted, record)
         except Denied as denied:
             record.end, problem = End.REFUSED, denied.problem
         except Refused as refused:
@@ -307,7 +308,7 @@ class Router:
     ) -> Coroutine[object, object, web.StreamResponse]:
         wanted.ask.engine_key = self._engine_keys(wanted.model)
         return relay(
-            outlet(request, asking().headers, partial(self._models.told, client=asking())),
+            outlet(request, self._models),
             wanted.ask,
             lease=lease,
             upstream=self.pool.upstream(self._addresses(wanted.model)),
@@ -346,7 +347,7 @@ class Router:
             wanted.model,
             route.shape,
             pace=self._settings.pace,
-            outlook=partial(self._outlook, wanted.model, asking()),
+            outlook=self._outlook,
             loop=self._scheduler.loop,
         )
 

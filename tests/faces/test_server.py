@@ -82,6 +82,21 @@ async def test_no_clock_runs_for_a_connection_that_waits_for_its_answer() -> Non
         writer.close()
 
 
+async def test_a_request_keeps_no_dictionary_of_what_it_was_asked() -> None:
+    asked: list[object] = []
+
+    async def looking(request: web.BaseRequest) -> web.StreamResponse:
+        asked.extend((request.keep_alive, dict(request._cache)))
+        return await fine(request)
+
+    async with serving(looking) as port:
+        reader, writer = await connect(port)
+        writer.write(GET + GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        assert (await reader.read()).count(b"fine") == 2
+        assert asked == [True, {}, False, {}]
+        writer.close()
+
+
 async def test_a_full_server_lets_the_oldest_silent_one_go() -> None:
     async with serving(most=2) as port:
         silent, first = await connect(port)
