@@ -368,8 +368,9 @@ def _duration_row(model: ModelId, act: str, value: tuple[float, float]) -> _Row:
 
 
 def _forget_durations(model: ModelId, act: str) -> _Row:
-    kept = "SELECT id FROM durations WHERE model = ?1 AND act = ?2 ORDER BY id DESC LIMIT ?3"
+    """Without numbered parameters, of which Python 3.12 warns."""
+    kept = "SELECT id FROM durations WHERE model = ? AND act = ? ORDER BY id DESC LIMIT ?"
     return (
-        f"DELETE FROM durations WHERE model = ?1 AND act = ?2 AND id NOT IN ({kept})",  # noqa: S608
-        (model, act, DURATIONS_KEPT),
+        f"DELETE FROM durations WHERE model = ? AND act = ? AND id NOT IN ({kept})",  # noqa: S608
+        (model, act, model, act, DURATIONS_KEPT),
     )

@@ -11,8 +11,9 @@ import pytest
 
 from homegptd.config.keys import Key, digest
 from homegptd.core.model import Act, Asleep, Down, ModelId, SleepLevel
+from homegptd.faces import errors
 from homegptd.faces.clients import Keyring
-from homegptd.faces.early import Pace
+from homegptd.faces.early import Early
 from homegptd.faces.guard import Guard
 from homegptd.faces.routes import ROUTES, Route, Where
 
@@ -218,14 +219,28 @@ async def test_an_answer_that_is_cut_names_no_model_that_is_not_there(tmp_path: 
             await b.until(lambda: len(chat.asked) == 2)
             for client in clients:
                 await client.head()
+            flows = [each.flow for each in b.server.connections]
             b.scheduler.operate(Act.SWITCH, ModelId("coder"), by="a test", cut=True)
             ends = [(await client.reader.readuntil(END)).decode() for client in clients]
+            for flow, sees_all in zip(flows, (False, True), strict=True):
+                told = flow._outlet.told(errors.bad_request("coder is in the way"))
+                assert ("coder" in told.message) is sees_all  # though nobody is asking here
     assert ["coder" in end for end in ends] == [False, True]
     assert "cut to make room for" in ends[0]
     assert "another model" in ends[0]
 
 
-async def test_the_progress_of_a_wake_names_no_model_that_is_not_there(tmp_path: Path) -> None:
+async def test_the_progress_of_a_wake_names_no_model_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever's turn it is in which a client hears of it; here nobody's."""
+    waiting: list[Early] = []
+
+    def wait(early: Early) -> None:
+        waiting.append(early)
+
+    monkeypatch.setattr(Early, "arm", wait)
+
     async def begun(asked: Asked) -> None:
         asked.writer.write(SSE + token("a"))
         await asked.hung_up()
@@ -234,15 +249,16 @@ async def test_the_progress_of_a_wake_names_no_model_that_is_not_there(tmp_path:
         paths = {"chat": tmp_path / "chat", "coder": coder.path}
         keys = ring(key(models=frozenset({"chat"})), key("hg-all", "all"))
         phases = {"chat": Asleep(SleepLevel.ONE, asyncio.get_running_loop().time())}
-        async with box.running(
-            paths, phases=phases, guard=keys, awake_mib=900_000, pace=Pace(early_head_s=0.01)
-        ) as b:  # type: ignore[arg-type]
+        async with box.running(paths, phases=phases, guard=keys, awake_mib=900_000) as b:  # type: ignore[arg-type]
             busy, *clients = [await b.connect() for _ in range(3)]
             busy.send(content=STREAM | {"model": "coder"}, more=bearer("hg-all"))
             await busy.head()
             for client, secret in zip(clients, (SECRET, "hg-all"), strict=True):
                 more = bearer(secret) + "X-HomeGPT-Client: open-webui\r\n"
                 client.send(content=STREAM, more=more)
+            await b.until(lambda: len(waiting) == 2)
+            for early in waiting:
+                early.speak()
             told = [
                 (await client.reader.readuntil(b"Waiting for 1 answer of "))
                 and (await client.reader.readuntil(b"\n")).decode()
