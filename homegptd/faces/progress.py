@@ -78,9 +78,13 @@ class _Step:
             "do": self.do,
             "model": self.model,
             "state": state,
-            "seconds": None if seconds is None else round(seconds, 3),
-            "expected_s": self.expected_s,
+            "seconds": _rounded(seconds),
+            "expected_s": _rounded(self.expected_s),
         }
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)
 
 
 @dataclass(slots=True)

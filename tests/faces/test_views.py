@@ -3,6 +3,7 @@
 from msgspec.structs import replace
 
 from homegptd.core.model import Act, ModelId, OnDeadline, OrderId, Proof, Proving
+from homegptd.faces import progress
 from homegptd.faces.views import model_view
 from homegptd.wire.control import ModelView
 from tests.core.builders import TRAITS, Run, asleep, awake, box, engine
@@ -50,3 +51,8 @@ def test_an_answer_that_was_cut_has_its_grace() -> None:
 def test_a_proof_says_that_it_is_short() -> None:
     run = Run(box(a=engine(Proving(OrderId(1), 90.0, Proof.FREEZE))))
     assert view(run, "a")["why"] == "being proved (a few seconds)"
+
+
+def test_what_a_step_is_expected_to_take_is_told_to_the_millisecond() -> None:
+    step = progress._Step("wake", ModelId("a"), 0.3190000000031432)
+    assert step.view(0.0)["expected_s"] == 0.319
