@@ -218,7 +218,7 @@ class Daemon:
         self.scheduler.post(found)
 
     async def _last_answers(self) -> None:
-        self.scheduler.post(ShutdownAsked())
+        self.scheduler.post(ShutdownAsked(self.options.stop_s))
         try:
             async with asyncio.timeout(self.options.stop_s) as self._patience:
                 await self.scheduler.idle()

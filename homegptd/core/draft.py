@@ -80,7 +80,7 @@ class Draft:
         self.wanted_at = state.wanted_at
         self.freed = state.freed
         self.booted = state.booted
-        self.stopping = state.stopping
+        self.stopping, self.stop_by = state.stopping, state.stop_by
         self.since = state.since
         self.orders = state.orders
         self.gpus: Mapping[Gpu, int] = state.gpus
@@ -110,6 +110,7 @@ class Draft:
             freed=self.freed,
             booted=self.booted,
             stopping=self.stopping,
+            stop_by=self.stop_by,
             since=self.since,
             orders=self.orders,
         )

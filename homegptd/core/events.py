@@ -154,7 +154,8 @@ class MemorySeen(Struct, frozen=True):
 
 
 class ShutdownAsked(Struct, frozen=True):
-    pass
+    patience_s: float = 0.0
+    """How long running answers may take to end."""
 
 
 class TimePassed(Struct, frozen=True):

@@ -111,7 +111,7 @@ def _apply(d: Draft, event: Event) -> None:
             d.pressure = pressure
             foreign.see(d, missing, strangers)
         case ShutdownAsked():
-            _shut_down(d)
+            _shut_down(d, event)
         case TimePassed():
             pass
         case _:
@@ -135,7 +135,7 @@ def _why_not(d: Draft, ticket: Ticket) -> Refusal | None:
     if engine is None or engine.retiring:
         return Refusal(Reason.UNKNOWN_MODEL, f'no model "{ticket.model}"', "homegptctl status")
     if d.stopping:
-        return Refusal(Reason.SHUTTING_DOWN, "homeGPT is shutting down", retry_after_s=5.0)
+        return results.shutting_down(d)
     if not engine.enabled:
         return results.disabled_refusal(ticket.model)
     freed = freeing.refusal(d, engine)
@@ -285,11 +285,11 @@ def _leave(d: Draft) -> None:
             del d.engines[name]
 
 
-def _shut_down(d: Draft) -> None:
+def _shut_down(d: Draft, event: ShutdownAsked) -> None:
     """Nobody else is let in; what runs or is frozen may end, as long as the owner waits."""
-    d.stopping = True
+    d.stopping, d.stop_by = True, d.now + event.patience_s
     d.chores = []
-    refusal = Refusal(Reason.SHUTTING_DOWN, "homeGPT is shutting down", retry_after_s=5.0)
+    refusal = results.shutting_down(d)
     d.refuse_waiting(lambda ticket: True, refusal)
     for operation in list(d.operations):
         d.finish(operation, refusal.message, refusal)

@@ -391,6 +391,8 @@ class State(Struct, frozen=True):
     booted: bool = False
     """The bootstrap is over: what could be brought up is up."""
     stopping: bool = False
+    stop_by: float = 0.0
+    """Until when running answers may take to end, once it is stopping."""
     since: float | None = None
     """When this life began: what runs was observed. Nothing is ordered or granted before."""
     orders: int = 0

@@ -4,6 +4,9 @@ from enum import Enum
 
 from msgspec import Struct
 
+NEXT_LIFE_S = 5.0
+"""From the end of a daemon to the first answers of the next, in seconds, with some to spare."""
+
 
 class Reason(Enum):
     """The word on the wire; `homegptd.wire.codes` maps each to HTTP, RPC and exit codes."""

@@ -42,7 +42,7 @@ from .model import (
     Waking,
     half_awake,
 )
-from .refusals import Reason, Refusal
+from .refusals import NEXT_LIFE_S, Reason, Refusal
 
 STOP_AGAIN_S = 30.0
 """When a stop that left something behind is tried again, in seconds."""
@@ -309,6 +309,13 @@ def failed_refusal(d: Draft, engine: Engine) -> Refusal | None:
 def disabled_refusal(name: ModelId) -> Refusal:
     hint = f"homegptctl start {name}"
     return Refusal(Reason.MODEL_DISABLED, f'model "{name}" is disabled', hint)
+
+
+def shutting_down(d: Draft) -> Refusal:
+    """Before running answers have ended nobody else is here who could answer."""
+    left_s = max(d.stop_by - d.now, 0.0) if d.granted else 0.0
+    text = "homeGPT is shutting down"
+    return Refusal(Reason.SHUTTING_DOWN, text, retry_after_s=left_s + NEXT_LIFE_S)
 
 
 def _cannot(name: ModelId, failure: Failure) -> str:

@@ -37,7 +37,7 @@ from homegptd.core.model import (
     TicketId,
 )
 from homegptd.core.quick import LOOK_AGAIN_S, quick, serves
-from homegptd.core.refusals import Reason, Refusal
+from homegptd.core.refusals import NEXT_LIFE_S, Reason, Refusal
 from homegptd.core.story import Line, tell
 
 from .brief import Brief
@@ -282,7 +282,7 @@ class Scheduler:
 
     def cut_all(self, why: str) -> int:
         """Tell every running answer to end now, honestly; how many there were."""
-        refusal = Refusal(Reason.SHUTTING_DOWN, why, retry_after_s=5.0)
+        refusal = Refusal(Reason.SHUTTING_DOWN, why, retry_after_s=NEXT_LIFE_S)
         self.tell_core()
         for lease in self._leases.values():
             if not lease.cut.done():

@@ -27,7 +27,7 @@ from homegptd.core.model import (
     TicketId,
     Waking,
 )
-from homegptd.core.refusals import Reason
+from homegptd.core.refusals import NEXT_LIFE_S, Reason
 from homegptd.core.story import summary, tell
 from tests.core.builders import (
     GB,
@@ -285,6 +285,18 @@ def test_shutdown_refuses_who_waits_and_leaves_engines_as_they_are() -> None:
     assert refusal.refusal.reason is Reason.SHUTTING_DOWN
     run(TicketClosed(TicketId(1)))
     assert run.wait(1000.0) == ()
+
+
+def test_who_is_refused_at_the_end_comes_back_when_somebody_can_be_there() -> None:
+    run = Run(box(a=awake(1), b=asleep()))
+    run.request(2, "b")
+    (refused,) = run(ShutdownAsked(patience_s=20.0))
+    told = [refused.refusal.retry_after_s]
+    run.wait(8.0)
+    told += [each.refusal.retry_after_s for each in run.request(3, "a")]
+    run(TicketClosed(TicketId(1)))
+    told += [each.refusal.retry_after_s for each in run.request(4, "a")]
+    assert told == [20.0 + NEXT_LIFE_S, 12.0 + NEXT_LIFE_S, NEXT_LIFE_S]
 
 
 def test_a_shutdown_wakes_frozen_answers_as_soon_as_others_have_ended() -> None:
