@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -216,6 +217,15 @@ def test_an_operation_that_failed_ends_with_the_code_of_its_reason(
     assert "homegptctl: vLLM answered 500\nhint: look\n" in shown
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell starts what runs in its background with SIGINT ignored, and children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_leaves_and_says_how_to_look_again(slow_daemon: Daemon) -> None:
     with start("switch", "coder") as process:
         assert process.stderr
