@@ -135,7 +135,7 @@ def _why_not(d: Draft, ticket: Ticket) -> Refusal | None:
     if engine is None or engine.retiring:
         return Refusal(Reason.UNKNOWN_MODEL, f'no model "{ticket.model}"', "homegptctl status")
     if d.stopping:
-        return results.shutting_down(d)
+        return results.shutdown_refusal(d)
     if not engine.enabled:
         return results.disabled_refusal(ticket.model)
     freed = freeing.refusal(d, engine)
@@ -289,7 +289,7 @@ def _shut_down(d: Draft, event: ShutdownAsked) -> None:
     """Nobody else is let in; what runs or is frozen may end, as long as the owner waits."""
     d.stopping, d.stop_by = True, d.now + event.patience_s
     d.chores = []
-    refusal = results.shutting_down(d)
+    refusal = results.shutdown_refusal(d)
     d.refuse_waiting(lambda ticket: True, refusal)
     for operation in list(d.operations):
         d.finish(operation, refusal.message, refusal)

@@ -311,7 +311,7 @@ def disabled_refusal(name: ModelId) -> Refusal:
     return Refusal(Reason.MODEL_DISABLED, f'model "{name}" is disabled', hint)
 
 
-def shutting_down(d: Draft) -> Refusal:
+def shutdown_refusal(d: Draft) -> Refusal:
     """Before running answers have ended nobody else is here who could answer."""
     left_s = max(d.stop_by - d.now, 0.0) if d.granted else 0.0
     text = "homeGPT is shutting down"
